@@ -1,0 +1,100 @@
+//! Why and where a packet was dropped: the index of the `drops` counters.
+
+/// Why a packet was dropped.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum DropReason {
+    /// The Service has no pod on this node.
+    NoBackend = 0,
+    /// The Service should have a backend in this slot, but `backends` has none.
+    BackendMissing = 1,
+    /// The pod already speaks with this client and port through another external address: a reply could not tell.
+    FlowCollision = 2,
+    /// The kernel could not insert into `flows`.
+    FlowTableFull = 3,
+    /// A first fragment that ends before the checksum that the rewrite must change (RFC 1858).
+    TinyFragment = 4,
+    /// The kernel had no memory to make the packet writable.
+    RewriteFailed = 5,
+}
+
+impl DropReason {
+    /// Every reason, in the order of its number.
+    pub const ALL: [Self; 6] = [
+        Self::NoBackend,
+        Self::BackendMissing,
+        Self::FlowCollision,
+        Self::FlowTableFull,
+        Self::TinyFragment,
+        Self::RewriteFailed,
+    ];
+
+    /// The name that commands and metrics print.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::NoBackend => "no-backend",
+            Self::BackendMissing => "backend-missing",
+            Self::FlowCollision => "flow-collision",
+            Self::FlowTableFull => "flow-table-full",
+            Self::TinyFragment => "tiny-fragment",
+            Self::RewriteFailed => "rewrite-failed",
+        }
+    }
+}
+
+/// Where a packet was dropped.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Hook {
+    /// Ingress of an uplink: requests.
+    UplinkIngress = 0,
+    /// Egress of an uplink: replies.
+    UplinkEgress = 1,
+}
+
+impl Hook {
+    /// Every hook, in the order of its number.
+    pub const ALL: [Self; 2] = [Self::UplinkIngress, Self::UplinkEgress];
+
+    /// The name that commands and metrics print.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::UplinkIngress => "uplink-ingress",
+            Self::UplinkEgress => "uplink-egress",
+        }
+    }
+
+    /// The position in `drops` that counts packets dropped here for `reason`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn counter(self, reason: DropReason) -> u32 {
+        reason as u32 * HOOKS + self as u32
+    }
+}
+
+const REASONS: u32 = 6;
+const HOOKS: u32 = 2;
+const _: () = assert!(DropReason::ALL.len() == REASONS as usize && Hook::ALL.len() == HOOKS as usize);
+
+/// Entries of `drops`.
+pub const DROP_COUNTERS: u32 = REASONS * HOOKS;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_and_hook_has_a_counter_of_its_own() {
+        let mut seen = [false; DROP_COUNTERS as usize];
+        for reason in DropReason::ALL {
+            for hook in Hook::ALL {
+                let index = hook.counter(reason) as usize;
+                assert!(!seen[index], "{} at {} shares a counter", reason.name(), hook.name());
+                seen[index] = true;
+            }
+        }
+        assert!(seen.iter().all(|seen| *seen));
+    }
+}

@@ -1,0 +1,275 @@
+//! The map ABI: the keys, values and limits that the kernel programs and the agent agree on, and nothing else.
+//!
+//! Every type is `repr(C)` with explicit padding, so that a key has one representation only (a hash map compares
+//! keys as bytes). Addresses are 16 bytes in network order, IPv4 as v4-mapped IPv6 (RFC 4291, section 2.5.5.2).
+//! Ports and identifiers of packets are in network order, everything else is in host order. Times are nanoseconds
+//! of `CLOCK_MONOTONIC`, which is what `bpf_ktime_get_ns` returns.
+//!
+//! Changing anything here changes what is pinned on running nodes: raise [`SCHEMA`].
+
+#![cfg_attr(not(test), no_std)]
+
+mod address;
+mod drops;
+pub mod timeout;
+
+pub use address::Address;
+pub use drops::{DROP_COUNTERS, DropReason, Hook};
+
+/// Version of this ABI. The agent pins its maps under `<pin-path>/v<SCHEMA>/`.
+pub const SCHEMA: u32 = 1;
+
+/// Most external addresses a node can serve (entries of `services`).
+pub const MAX_SERVICES: u32 = 131_072;
+/// Most backends of all Services and generations (entries of `backends`). A Service being changed is there twice.
+pub const MAX_BACKENDS: u32 = 524_288;
+/// Most sessions remembered (entries of `sessions`); beyond it the least recently used one goes.
+pub const MAX_SESSIONS: u32 = 262_144;
+/// Most flows remembered (entries of `flows`); beyond it the least recently used one goes.
+pub const MAX_FLOWS: u32 = 262_144;
+/// Most fragmented packets of which the rest is still awaited (entries of `fragments`).
+pub const MAX_FRAGMENTS: u32 = 16_384;
+
+/// Longest namespace or Service name (RFC 1123 label), in bytes.
+pub const MAX_NAME: usize = 63;
+
+/// Key of `services`: an external address.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ServiceKey {
+    /// The external address.
+    pub external: Address,
+}
+
+/// Value of `services`: which backends an external address has, right now.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ServiceValue {
+    /// Names one Service in one address family.
+    pub service_id: u32,
+    /// Which set of `backends` is in force. One write of this value switches from one set to the next.
+    pub generation: u32,
+    /// How many backends that set has: its slots are `0..backend_count`.
+    pub backend_count: u32,
+    /// How long an idle client keeps its pod, in seconds.
+    pub affinity_timeout: u32,
+    /// Bits of `SERVICE_*`.
+    pub flags: u32,
+    /// Keeps the value a multiple of 8 bytes. Always 0.
+    pub padding: u32,
+}
+
+/// [`ServiceValue::flags`]: without a backend, leave packets to the rest of the node instead of dropping them.
+pub const SERVICE_PASS_WITHOUT_BACKEND: u32 = 1 << 0;
+
+/// Key of `backends`: one slot of one generation of a Service.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BackendKey {
+    /// As [`ServiceValue::service_id`].
+    pub service_id: u32,
+    /// As [`ServiceValue::generation`].
+    pub generation: u32,
+    /// Position within the generation, from 0.
+    pub slot: u32,
+}
+
+/// Value of `backends`: a pod of the Service on this node.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct BackendValue {
+    /// The pod's address.
+    pub pod: Address,
+}
+
+/// Key of `members`: that a pod belongs to a Service.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct MemberKey {
+    /// The pod's address.
+    pub pod: Address,
+    /// As [`ServiceValue::service_id`].
+    pub service_id: u32,
+    /// Always 0.
+    pub padding: u32,
+}
+
+/// Value of `members`: since when a pod belongs to a Service.
+///
+/// A session made before the pod joined was with an earlier owner of the address, and does not count.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct MemberValue {
+    /// The generation in which the pod joined.
+    pub since_generation: u32,
+}
+
+/// Key of `names`: as [`ServiceValue::service_id`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NameKey {
+    /// As [`ServiceValue::service_id`].
+    pub service_id: u32,
+}
+
+/// Value of `names`: which Service an id stands for. Only user space reads it: a restarted agent keeps ids, and
+/// with them sessions and flows; the inspection commands show names.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct NameValue {
+    /// The Service's namespace, filled up with zero bytes.
+    pub namespace: [u8; MAX_NAME + 1],
+    /// The Service's name, filled up with zero bytes.
+    pub name: [u8; MAX_NAME + 1],
+    /// 4 or 6.
+    pub family: u32,
+}
+
+/// Key of `sessions`: a client of an external address, whatever its ports and protocols.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SessionKey {
+    /// The external address.
+    pub external: Address,
+    /// The client's address.
+    pub peer: Address,
+}
+
+/// Value of `sessions`: the pod that a client stays on.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SessionValue {
+    /// The pod's address.
+    pub pod: Address,
+    /// When the client last sent something, to the second.
+    pub last_seen: u64,
+    /// As [`ServiceValue::service_id`]: an address that changes hands takes no clients along.
+    pub service_id: u32,
+    /// The generation in which the pod was last known to belong to the Service.
+    pub generation: u32,
+}
+
+/// Key of `flows`: what tells one conversation of a pod from another, seen from the pod.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FlowKey {
+    /// The pod's address.
+    pub pod: Address,
+    /// The client's address.
+    pub peer: Address,
+    /// The pod's port in network order; of an ICMP query its identifier; 0 for protocols without ports.
+    pub pod_port: u16,
+    /// The client's port in network order; 0 for ICMP and protocols without ports.
+    pub peer_port: u16,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// For ICMP the type of the client's query, so that a pod's own query is no reply to it; else 0.
+    pub query: u8,
+    /// Always 0.
+    pub padding: u16,
+}
+
+/// Value of `flows`: the external address that a reply leaves with.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FlowValue {
+    /// The external address that the client speaks to.
+    pub external: Address,
+    /// When a packet last passed, in either direction, to the second.
+    pub last_seen: u64,
+    /// As [`ServiceValue::service_id`].
+    pub service_id: u32,
+    /// `DELIVERY_*`: which hook rewrites replies; every other one leaves them alone.
+    pub delivery: u8,
+    /// Bits of `TCP_*`.
+    pub tcp_state: u8,
+    /// Always 0.
+    pub padding: u16,
+}
+
+/// [`FlowValue::delivery`]: through the node's stack; replies are rewritten at the uplink's egress.
+pub const DELIVERY_STACK: u8 = 1;
+
+/// [`FlowValue::tcp_state`]: the pod has answered.
+pub const TCP_REPLIED: u8 = 1 << 0;
+/// [`FlowValue::tcp_state`]: the client has acknowledged the answer.
+pub const TCP_ESTABLISHED: u8 = 1 << 1;
+/// [`FlowValue::tcp_state`]: the client has sent a FIN.
+pub const TCP_REQUEST_FIN: u8 = 1 << 2;
+/// [`FlowValue::tcp_state`]: the pod has sent a FIN.
+pub const TCP_REPLY_FIN: u8 = 1 << 3;
+/// [`FlowValue::tcp_state`]: one side has sent a RST.
+pub const TCP_RESET: u8 = 1 << 4;
+
+/// Key of `fragments`: a packet of which the first fragment decided for the rest (RFC 791, RFC 8200 section 4.5).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FragmentKey {
+    /// Source address, as on the wire before rewriting.
+    pub source: Address,
+    /// Destination address, as on the wire before rewriting.
+    pub destination: Address,
+    /// The packet's identification as loaded from it, IPv4's 16 bits widened to 32.
+    pub identification: u32,
+    /// IP protocol number for IPv4; 0 for IPv6, where the identification alone tells packets apart.
+    pub protocol: u8,
+    /// Always 0.
+    pub padding: [u8; 3],
+}
+
+/// Value of `fragments`: what the first fragment's source became.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FragmentValue {
+    /// The external address.
+    pub external: Address,
+    /// When the first fragment passed.
+    pub seen: u64,
+}
+
+// A hash map hashes and compares every byte of a key: a hole would make equal keys differ.
+const _: () = {
+    assert!(size_of::<ServiceKey>() == 16);
+    assert!(size_of::<ServiceValue>() == 24);
+    assert!(size_of::<BackendKey>() == 12);
+    assert!(size_of::<BackendValue>() == 16);
+    assert!(size_of::<MemberKey>() == 24);
+    assert!(size_of::<MemberValue>() == 4);
+    assert!(size_of::<NameKey>() == 4);
+    assert!(size_of::<NameValue>() == 132);
+    assert!(size_of::<SessionKey>() == 32);
+    assert!(size_of::<SessionValue>() == 32);
+    assert!(size_of::<FlowKey>() == 40);
+    assert!(size_of::<FlowValue>() == 32);
+    assert!(size_of::<FragmentKey>() == 40);
+    assert!(size_of::<FragmentValue>() == 24);
+};
+
+#[cfg(feature = "aya")]
+mod pod {
+    use super::*;
+
+    macro_rules! pod {
+        ($($name:ty),+ $(,)?) => {$(
+            // SAFETY: `repr(C)` of plain integers and byte arrays, without padding that the compiler put there
+            // (the assertions above), so every bit pattern is valid and every byte is initialised.
+            unsafe impl aya::Pod for $name {}
+        )+};
+    }
+    pod!(
+        ServiceKey,
+        ServiceValue,
+        BackendKey,
+        BackendValue,
+        MemberKey,
+        MemberValue,
+        NameKey,
+        NameValue,
+        SessionKey,
+        SessionValue,
+        FlowKey,
+        FlowValue,
+        FragmentKey,
+        FragmentValue,
+    );
+}

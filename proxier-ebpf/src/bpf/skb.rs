@@ -1,0 +1,100 @@
+//! A packet as an skb, at a tc hook.
+
+use aya_ebpf::{
+    bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM},
+    programs::TcContext,
+};
+use proxier_common::Address;
+use proxier_ebpf::packet::{NetworkHeader, Packet, Plain, WriteError};
+
+/// Length of an Ethernet header, in bytes.
+pub(super) const ETHERNET_HEADER: u32 = 14;
+/// Length of the header of links that have none.
+pub(super) const NO_LINK_HEADER: u32 = 0;
+
+const ETHERTYPE_IPV4: u16 = 0x0800;
+const ETHERTYPE_IPV6: u16 = 0x86dd;
+const ETHERTYPE_VLAN: u16 = 0x8100;
+const ETHERTYPE_QINQ: u16 = 0x88a8;
+const VLAN_TAG: u32 = 4;
+
+/// An skb whose data starts with a link-layer header of `LINK_HEADER` bytes.
+pub(super) struct Skb<'a, const LINK_HEADER: u32> {
+    context: &'a TcContext,
+}
+
+impl<'a, const LINK_HEADER: u32> Skb<'a, LINK_HEADER> {
+    #[inline(always)]
+    pub(super) const fn new(context: &'a TcContext) -> Self {
+        Self { context }
+    }
+}
+
+impl<const LINK_HEADER: u32> Packet for Skb<'_, LINK_HEADER> {
+    #[inline(always)]
+    fn network_header(&self) -> Option<NetworkHeader> {
+        // SAFETY: the kernel hands over a valid context, and `protocol` is readable at this hook.
+        let protocol = unsafe { (*self.context.skb.skb).protocol };
+        match u16::from_be(protocol as u16) {
+            ETHERTYPE_IPV4 => Some(NetworkHeader::V4(LINK_HEADER)),
+            ETHERTYPE_IPV6 => Some(NetworkHeader::V6(LINK_HEADER)),
+            // The kernel takes one tag off and keeps it beside the data; this is a second one, within.
+            ETHERTYPE_VLAN | ETHERTYPE_QINQ if LINK_HEADER != 0 => {
+                let inner: [u8; 2] = self.load(LINK_HEADER + 2)?;
+                match u16::from_be_bytes(inner) {
+                    ETHERTYPE_IPV4 => Some(NetworkHeader::V4(LINK_HEADER + VLAN_TAG)),
+                    ETHERTYPE_IPV6 => Some(NetworkHeader::V6(LINK_HEADER + VLAN_TAG)),
+                    _ => None,
+                }
+            }
+            _ => None,
+        }
+    }
+
+    #[inline(always)]
+    fn length(&self) -> u32 {
+        self.context.len()
+    }
+
+    #[inline(always)]
+    fn load<T: Plain>(&self, offset: u32) -> Option<T> {
+        self.context.load(offset as usize).ok()
+    }
+
+    #[inline(always)]
+    fn adjust_transport_checksum(
+        &mut self,
+        offset: u32,
+        difference: u32,
+        zero_means_none: bool,
+    ) -> Result<(), WriteError> {
+        // PSEUDO_HDR: the kernel then knows that a checksum left to the hardware (CHECKSUM_PARTIAL) covers the
+        // pseudo-header only, and corrects a checksum of the whole packet (CHECKSUM_COMPLETE).
+        let mut flags = u64::from(BPF_F_PSEUDO_HDR);
+        if zero_means_none {
+            flags |= u64::from(BPF_F_MARK_MANGLED_0);
+        }
+        // A size of 0, in the lowest bits of the flags, says that `to` is a difference.
+        self.context.l4_csum_replace(offset as usize, 0, u64::from(difference), flags).map_err(|_| WriteError)
+    }
+
+    #[inline(always)]
+    fn adjust_header_checksum(&mut self, offset: u32, difference: u32) -> Result<(), WriteError> {
+        self.context.l3_csum_replace(offset as usize, 0, u64::from(difference), 0).map_err(|_| WriteError)
+    }
+
+    #[inline(always)]
+    fn store_v4_address(&mut self, offset: u32, address: Address) -> Result<(), WriteError> {
+        self.context.store(offset as usize, &address.v4_octets(), 0).map_err(|_| WriteError)
+    }
+
+    #[inline(always)]
+    fn store_v6_address(&mut self, offset: u32, address: Address) -> Result<(), WriteError> {
+        // No header checksum makes up for the address, and `adjust_transport_checksum` has corrected a
+        // CHECKSUM_COMPLETE for the transport checksum as if one did: RECOMPUTE_CSUM corrects it for the address.
+        // BPF_F_IPV6 of Linux 6.16 would do without either; both together would be wrong again.
+        self.context
+            .store(offset as usize, &address.bytes, u64::from(BPF_F_RECOMPUTE_CSUM))
+            .map_err(|_| WriteError)
+    }
+}

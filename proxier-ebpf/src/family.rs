@@ -1,0 +1,364 @@
+//! What differs between IPv4 and IPv6: where the addresses are, and how to find the transport header behind them.
+
+use proxier_common::{Address, timeout::protocol};
+
+use crate::{
+    checksum,
+    packet::{Packet, Plain, WriteError},
+};
+
+/// Whether a packet is a fragment.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fragment {
+    /// A whole packet.
+    Whole,
+    /// The first fragment, which has the transport header.
+    First,
+    /// Any other fragment, which has none.
+    Later,
+}
+
+/// What follows the network header and its extension headers.
+///
+/// Plain fields, no `Option` around it: it crosses functions that the kernel sees, and the kernel refuses BTF in which
+/// a union has a member that is not at its start, which is how an enum looks whose discriminant hides in a later field.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Payload {
+    /// Offset of the transport header in the packet.
+    pub offset: u32,
+    /// Offset of the first byte behind the IP packet, which may lie before the end of the frame.
+    pub end: u32,
+    /// The identification that a packet's fragments share, as loaded; 0 of a whole packet.
+    pub identification: u32,
+    /// IP protocol number. Of a later IPv6 fragment the number in the fragment header.
+    pub protocol: u8,
+    /// Whether it is a fragment.
+    pub fragment: Fragment,
+}
+
+impl Payload {
+    /// To be filled in by [`Family::payload`].
+    pub const EMPTY: Self =
+        Self { offset: 0, end: 0, identification: 0, protocol: 0, fragment: Fragment::Whole };
+}
+
+/// One address family.
+pub trait Family {
+    /// The fixed part of the header, as loaded.
+    type Header: Copy;
+
+    /// Which ICMP protocol belongs to the family.
+    const ICMP: u8;
+
+    /// Loads and checks the fixed part of the header at `offset`.
+    fn header<P: Packet>(packet: &P, offset: u32) -> Option<Self::Header>;
+
+    /// The source address.
+    fn source(header: &Self::Header) -> Address;
+
+    /// The destination address.
+    fn destination(header: &Self::Header) -> Address;
+
+    /// Finds the transport header and fills in `payload`. `false` means that the packet is broken, or not one that
+    /// NAT may touch.
+    fn payload<P: Packet>(packet: &P, offset: u32, header: &Self::Header, payload: &mut Payload) -> bool;
+
+    /// What the key of `fragments` says beside addresses and identification.
+    fn fragment_protocol(payload: &Payload) -> u8;
+
+    /// What a checksum over an address gains when `old` becomes `new`.
+    fn difference(old: Address, new: Address) -> u32;
+
+    /// Replaces the source address of the header at `offset`, and mends the header's own checksum.
+    ///
+    /// # Errors
+    ///
+    /// The kernel would not write.
+    fn store_source<P: Packet>(
+        packet: &mut P,
+        offset: u32,
+        address: Address,
+        difference: u32,
+    ) -> Result<(), WriteError>;
+
+    /// Replaces the destination address of the header at `offset`, and mends the header's own checksum.
+    ///
+    /// # Errors
+    ///
+    /// The kernel would not write.
+    fn store_destination<P: Packet>(
+        packet: &mut P,
+        offset: u32,
+        address: Address,
+        difference: u32,
+    ) -> Result<(), WriteError>;
+}
+
+/// IPv4 (RFC 791).
+#[derive(Clone, Copy, Debug)]
+pub struct V4;
+
+const V4_CHECKSUM: u32 = 10;
+const V4_SOURCE: u32 = 12;
+const V4_DESTINATION: u32 = 16;
+const V4_MORE_FRAGMENTS: u16 = 0x2000;
+const V4_FRAGMENT_OFFSET: u16 = 0x1fff;
+
+/// The IPv4 header, without options.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct V4Header {
+    version_and_length: u8,
+    type_of_service: u8,
+    total_length: [u8; 2],
+    identification: u16,
+    fragment: [u8; 2],
+    time_to_live: u8,
+    protocol: u8,
+    checksum: [u8; 2],
+    source: [u8; 4],
+    destination: [u8; 4],
+}
+
+const _: () = assert!(size_of::<V4Header>() == 20);
+
+// SAFETY: integers and byte arrays, without holes.
+unsafe impl Plain for V4Header {}
+
+impl Family for V4 {
+    type Header = V4Header;
+
+    const ICMP: u8 = protocol::ICMP;
+
+    #[inline(always)]
+    fn header<P: Packet>(packet: &P, offset: u32) -> Option<Self::Header> {
+        let header: V4Header = packet.load(offset)?;
+        (header.version_and_length >> 4 == 4 && header.version_and_length & 0x0f >= 5).then_some(header)
+    }
+
+    #[inline(always)]
+    fn source(header: &Self::Header) -> Address {
+        Address::from_v4(header.source)
+    }
+
+    #[inline(always)]
+    fn destination(header: &Self::Header) -> Address {
+        Address::from_v4(header.destination)
+    }
+
+    #[inline(always)]
+    fn payload<P: Packet>(packet: &P, offset: u32, header: &Self::Header, payload: &mut Payload) -> bool {
+        let header_length = u32::from(header.version_and_length & 0x0f) * 4;
+        let field = u16::from_be_bytes(header.fragment);
+        payload.offset = offset + header_length;
+        payload.end = end_of_packet(packet, offset, u16::from_be_bytes(header.total_length).into());
+        payload.protocol = header.protocol;
+        payload.fragment = if field & V4_FRAGMENT_OFFSET != 0 {
+            Fragment::Later
+        } else if field & V4_MORE_FRAGMENTS != 0 {
+            Fragment::First
+        } else {
+            Fragment::Whole
+        };
+        payload.identification = header.identification.into();
+        payload.offset <= payload.end
+    }
+
+    #[inline(always)]
+    fn fragment_protocol(payload: &Payload) -> u8 {
+        payload.protocol
+    }
+
+    #[inline(always)]
+    fn difference(old: Address, new: Address) -> u32 {
+        checksum::v4_difference(old, new)
+    }
+
+    #[inline(always)]
+    fn store_source<P: Packet>(
+        packet: &mut P,
+        offset: u32,
+        address: Address,
+        difference: u32,
+    ) -> Result<(), WriteError> {
+        packet.adjust_header_checksum(offset + V4_CHECKSUM, difference)?;
+        packet.store_v4_address(offset + V4_SOURCE, address)
+    }
+
+    #[inline(always)]
+    fn store_destination<P: Packet>(
+        packet: &mut P,
+        offset: u32,
+        address: Address,
+        difference: u32,
+    ) -> Result<(), WriteError> {
+        packet.adjust_header_checksum(offset + V4_CHECKSUM, difference)?;
+        packet.store_v4_address(offset + V4_DESTINATION, address)
+    }
+}
+
+/// IPv6 (RFC 8200).
+#[derive(Clone, Copy, Debug)]
+pub struct V6;
+
+/// The IPv6 header. The addresses are taken as they lie, for the kernel's stack has no room for copies.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct V6Header {
+    version_class_flow: [u8; 4],
+    payload_length: [u8; 2],
+    next_header: u8,
+    hop_limit: u8,
+    source: Address,
+    destination: Address,
+}
+
+const _: () = assert!(size_of::<V6Header>() == V6_HEADER_LENGTH as usize);
+
+// SAFETY: byte arrays, without holes: 8 bytes, then two addresses aligned to 8.
+unsafe impl Plain for V6Header {}
+
+const V6_HEADER_LENGTH: u32 = 40;
+const V6_SOURCE: u32 = 8;
+const V6_DESTINATION: u32 = 24;
+const V6_MORE_FRAGMENTS: u16 = 0x0001;
+const V6_FRAGMENT_OFFSET: u16 = 0xfff8;
+const V6_FRAGMENT_HEADER_LENGTH: u32 = 8;
+
+/// Extension headers followed before a packet is left alone. The specification asks for none but orderly use of
+/// six (RFC 8200, section 4.1); packets with more are not seen in the wild.
+pub const MAX_EXTENSION_HEADERS: u32 = 8;
+
+mod extension {
+    pub(super) const HOP_BY_HOP: u8 = 0;
+    pub(super) const ROUTING: u8 = 43;
+    pub(super) const FRAGMENT: u8 = 44;
+    pub(super) const AUTHENTICATION: u8 = 51;
+    pub(super) const DESTINATION: u8 = 60;
+}
+
+impl Family for V6 {
+    type Header = V6Header;
+
+    const ICMP: u8 = protocol::ICMPV6;
+
+    #[inline(always)]
+    fn header<P: Packet>(packet: &P, offset: u32) -> Option<Self::Header> {
+        let header: V6Header = packet.load(offset)?;
+        (header.version_class_flow[0] >> 4 == 6).then_some(header)
+    }
+
+    #[inline(always)]
+    fn source(header: &Self::Header) -> Address {
+        header.source
+    }
+
+    #[inline(always)]
+    fn destination(header: &Self::Header) -> Address {
+        header.destination
+    }
+
+    /// Not inlined: what the compiler would make of the walk and what follows it as one is more paths than the
+    /// verifier has patience for.
+    #[inline(never)]
+    fn payload<P: Packet>(packet: &P, offset: u32, header: &Self::Header, payload: &mut Payload) -> bool {
+        let payload_length = u32::from(u16::from_be_bytes(header.payload_length));
+        let total_length = if payload_length == 0 { 0 } else { payload_length + V6_HEADER_LENGTH };
+        payload.end = end_of_packet(packet, offset, total_length);
+        payload.fragment = Fragment::Whole;
+        payload.identification = 0;
+        let mut protocol = header.next_header;
+        let mut at = offset + V6_HEADER_LENGTH;
+        for _ in 0..=MAX_EXTENSION_HEADERS {
+            // Of a later fragment, what follows is the middle of the packet and not a header.
+            if !is_extension(protocol) || matches!(payload.fragment, Fragment::Later) {
+                payload.protocol = protocol;
+                payload.offset = at;
+                return at <= payload.end;
+            }
+            let Some(extension) = packet.load::<[u8; 8]>(at) else {
+                return false;
+            };
+            at += match protocol {
+                extension::FRAGMENT => {
+                    let field = u16::from_be_bytes([extension[2], extension[3]]);
+                    payload.identification =
+                        u32::from_ne_bytes([extension[4], extension[5], extension[6], extension[7]]);
+                    payload.fragment = if field & V6_FRAGMENT_OFFSET != 0 {
+                        Fragment::Later
+                    } else if field & V6_MORE_FRAGMENTS != 0 {
+                        Fragment::First
+                    } else {
+                        Fragment::Whole
+                    };
+                    V6_FRAGMENT_HEADER_LENGTH
+                }
+                // Words of four bytes, less two (RFC 4302, section 2.2).
+                extension::AUTHENTICATION => (u32::from(extension[1]) + 2) * 4,
+                // Segments left: the checksum's pseudo-header has the final destination, which is not the one in
+                // the IPv6 header (RFC 8200, section 8.1). Not ours to touch.
+                extension::ROUTING if extension[3] != 0 => return false,
+                // Words of eight bytes, less one (RFC 8200, section 4).
+                _ => (u32::from(extension[1]) + 1) * 8,
+            };
+            protocol = extension[0];
+        }
+        false
+    }
+
+    #[inline(always)]
+    fn fragment_protocol(_payload: &Payload) -> u8 {
+        0
+    }
+
+    #[inline(always)]
+    fn difference(old: Address, new: Address) -> u32 {
+        checksum::v6_difference(old, new)
+    }
+
+    #[inline(always)]
+    fn store_source<P: Packet>(
+        packet: &mut P,
+        offset: u32,
+        address: Address,
+        _difference: u32,
+    ) -> Result<(), WriteError> {
+        packet.store_v6_address(offset + V6_SOURCE, address)
+    }
+
+    #[inline(always)]
+    fn store_destination<P: Packet>(
+        packet: &mut P,
+        offset: u32,
+        address: Address,
+        _difference: u32,
+    ) -> Result<(), WriteError> {
+        packet.store_v6_address(offset + V6_DESTINATION, address)
+    }
+}
+
+#[inline(always)]
+const fn is_extension(protocol: u8) -> bool {
+    matches!(
+        protocol,
+        extension::HOP_BY_HOP
+            | extension::DESTINATION
+            | extension::ROUTING
+            | extension::AUTHENTICATION
+            | extension::FRAGMENT
+    )
+}
+
+/// Where the IP packet ends; 0 if that is behind the end of the frame. A total length of 0 is that of a packet of more
+/// than 64 KiB that never leaves the machine in one piece (BIG TCP, Linux 5.19 and 6.3): the frame's length counts.
+#[inline(always)]
+fn end_of_packet<P: Packet>(packet: &P, offset: u32, total_length: u32) -> u32 {
+    let frame = packet.length();
+    match offset + total_length {
+        _ if total_length == 0 => frame,
+        end if end <= frame => end,
+        _ => 0,
+    }
+}

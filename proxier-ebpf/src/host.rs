@@ -1,0 +1,223 @@
+//! The core's two traits on a host: a packet is a vector of bytes, the maps are ordinary ones. For tests, fuzzing
+//! and whoever wants to ask what the kernel would do; the kernel's own adapters are in `bpf/`.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    rc::Rc,
+};
+
+use proxier_common::{
+    Address, BackendKey, BackendValue, FlowKey, FlowValue, FragmentKey, FragmentValue, MemberKey,
+    MemberValue, ServiceKey, ServiceValue, SessionKey, SessionValue,
+};
+
+use crate::{
+    checksum,
+    packet::{NetworkHeader, Packet, Plain, WriteError},
+    tables::{FlowEntry, InsertError, SessionEntry, Tables},
+};
+
+/// An Ethernet frame.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostPacket {
+    /// Its bytes, from the destination MAC address on.
+    pub bytes: Vec<u8>,
+}
+
+impl HostPacket {
+    fn write(&mut self, offset: u32, bytes: &[u8]) -> Result<(), WriteError> {
+        let offset = offset as usize;
+        self.bytes.get_mut(offset..offset + bytes.len()).ok_or(WriteError)?.copy_from_slice(bytes);
+        Ok(())
+    }
+}
+
+impl Packet for HostPacket {
+    fn network_header(&self) -> Option<NetworkHeader> {
+        let mut offset = 12;
+        loop {
+            let ether_type: [u8; 2] = self.load(offset)?;
+            offset += 2;
+            match u16::from_be_bytes(ether_type) {
+                0x0800 => return Some(NetworkHeader::V4(offset)),
+                0x86dd => return Some(NetworkHeader::V6(offset)),
+                // Two tags, as the skb adapter: one that the network card takes off, one that it leaves.
+                0x8100 | 0x88a8 if offset < 20 => offset += 2,
+                _ => return None,
+            }
+        }
+    }
+
+    fn length(&self) -> u32 {
+        u32::try_from(self.bytes.len()).unwrap_or(u32::MAX)
+    }
+
+    fn load<T: Plain>(&self, offset: u32) -> Option<T> {
+        let offset = offset as usize;
+        let bytes = self.bytes.get(offset..offset.checked_add(size_of::<T>())?)?;
+        // SAFETY: `bytes` has the size of `T`, and `Plain` says that any bytes make a `T`.
+        Some(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
+    }
+
+    fn adjust_transport_checksum(
+        &mut self,
+        offset: u32,
+        difference: u32,
+        zero_means_none: bool,
+    ) -> Result<(), WriteError> {
+        let field: u16 = self.load(offset).ok_or(WriteError)?;
+        if zero_means_none && field == 0 {
+            return Ok(());
+        }
+        let field = match checksum::apply(field, difference) {
+            0 if zero_means_none => 0xffff,
+            field => field,
+        };
+        self.write(offset, &field.to_ne_bytes())
+    }
+
+    fn adjust_header_checksum(&mut self, offset: u32, difference: u32) -> Result<(), WriteError> {
+        let field: u16 = self.load(offset).ok_or(WriteError)?;
+        self.write(offset, &checksum::apply(field, difference).to_ne_bytes())
+    }
+
+    fn store_v4_address(&mut self, offset: u32, address: Address) -> Result<(), WriteError> {
+        self.write(offset, &address.v4_octets())
+    }
+
+    fn store_v6_address(&mut self, offset: u32, address: Address) -> Result<(), WriteError> {
+        self.write(offset, &address.bytes)
+    }
+}
+
+/// The maps, without limits and without eviction, and a clock that is set by hand. Counts look-ups.
+#[derive(Debug, Default)]
+pub struct HostTables {
+    /// `CLOCK_MONOTONIC`, in nanoseconds.
+    pub now: Cell<u64>,
+    /// As the map of the same name.
+    pub services: RefCell<HashMap<ServiceKey, ServiceValue>>,
+    /// As the map of the same name.
+    pub backends: RefCell<HashMap<BackendKey, BackendValue>>,
+    /// As the map of the same name.
+    pub members: RefCell<HashMap<MemberKey, MemberValue>>,
+    /// As the map of the same name.
+    pub sessions: RefCell<HashMap<SessionKey, HostSession>>,
+    /// As the map of the same name.
+    pub flows: RefCell<HashMap<FlowKey, HostFlow>>,
+    /// As the map of the same name.
+    pub fragments: RefCell<HashMap<FragmentKey, FragmentValue>>,
+    /// Look-ups since it was last set to 0. Inserting counts too.
+    pub lookups: Cell<u32>,
+    /// Whether `flows` refuses new entries.
+    pub flows_full: Cell<bool>,
+}
+
+impl HostTables {
+    fn count_lookup(&self) {
+        self.lookups.set(self.lookups.get() + 1);
+    }
+}
+
+/// A flow that its table and the core share.
+#[derive(Clone, Debug)]
+pub struct HostFlow(pub Rc<Cell<FlowValue>>);
+
+impl FlowEntry for HostFlow {
+    fn value(&self) -> FlowValue {
+        self.0.get()
+    }
+
+    fn set_last_seen(&self, now: u64) {
+        self.0.set(FlowValue { last_seen: now, ..self.0.get() });
+    }
+
+    fn set_tcp_state(&self, state: u8) {
+        self.0.set(FlowValue { tcp_state: state, ..self.0.get() });
+    }
+}
+
+/// A session that its table and the core share.
+#[derive(Clone, Debug)]
+pub struct HostSession(pub Rc<Cell<SessionValue>>);
+
+impl SessionEntry for HostSession {
+    fn value(&self) -> SessionValue {
+        self.0.get()
+    }
+
+    fn set_last_seen(&self, now: u64) {
+        self.0.set(SessionValue { last_seen: now, ..self.0.get() });
+    }
+
+    fn set_generation(&self, generation: u32) {
+        self.0.set(SessionValue { generation, ..self.0.get() });
+    }
+}
+
+impl Tables for HostTables {
+    type Flow = HostFlow;
+    type Session = HostSession;
+
+    fn now(&self) -> u64 {
+        self.now.get()
+    }
+
+    fn service(&self, key: &ServiceKey) -> Option<ServiceValue> {
+        self.count_lookup();
+        self.services.borrow().get(key).copied()
+    }
+
+    fn backend(&self, key: &BackendKey) -> Option<BackendValue> {
+        self.count_lookup();
+        self.backends.borrow().get(key).copied()
+    }
+
+    fn member(&self, key: &MemberKey) -> Option<MemberValue> {
+        self.count_lookup();
+        self.members.borrow().get(key).copied()
+    }
+
+    fn session(&self, key: &SessionKey) -> Option<HostSession> {
+        self.count_lookup();
+        self.sessions.borrow().get(key).cloned()
+    }
+
+    fn put_session(&self, key: &SessionKey, value: &SessionValue) {
+        self.count_lookup();
+        self.sessions.borrow_mut().insert(*key, HostSession(Rc::new(Cell::new(*value))));
+    }
+
+    fn flow(&self, key: &FlowKey) -> Option<HostFlow> {
+        self.count_lookup();
+        self.flows.borrow().get(key).cloned()
+    }
+
+    fn insert_flow(&self, key: &FlowKey, value: &FlowValue) -> Result<(), InsertError> {
+        if self.flows.borrow().contains_key(key) {
+            self.count_lookup();
+            return Err(InsertError::Exists);
+        }
+        self.replace_flow(key, value)
+    }
+
+    fn replace_flow(&self, key: &FlowKey, value: &FlowValue) -> Result<(), InsertError> {
+        self.count_lookup();
+        if self.flows_full.get() {
+            return Err(InsertError::Full);
+        }
+        self.flows.borrow_mut().insert(*key, HostFlow(Rc::new(Cell::new(*value))));
+        Ok(())
+    }
+
+    fn fragment(&self, key: &FragmentKey) -> Option<FragmentValue> {
+        self.count_lookup();
+        self.fragments.borrow().get(key).copied()
+    }
+
+    fn put_fragment(&self, key: &FragmentKey, value: &FragmentValue) {
+        self.count_lookup();
+        self.fragments.borrow_mut().insert(*key, *value);
+    }
+}

@@ -1,0 +1,32 @@
+//! The packet core: everything that decides what happens to a packet, and nothing that knows where it runs.
+//!
+//! `parse -> lookup -> rewrite -> verdict`. The core sees a packet through [`Packet`] and the maps through
+//! [`Tables`], so that the very same code runs in the kernel on an skb (`bpf/`, built for `target_arch = "bpf"`)
+//! and on a host on a byte slice ([`host`]). IPv4 and IPv6 share all of it but what [`Family`] supplies.
+//!
+//! Two rules hold everywhere: everything is checked before the first write, so that a packet is either wholly
+//! rewritten or untouched; and a packet that is none of ours costs one lookup.
+//!
+//! Functions are `inline(always)`: the kernel's verifier follows a program's state best through one function, and
+//! a packet then costs no calls but those to the kernel.
+
+#![cfg_attr(target_arch = "bpf", no_std)]
+
+pub mod checksum;
+pub mod family;
+#[cfg(not(target_arch = "bpf"))]
+pub mod host;
+pub mod packet;
+pub mod reply;
+pub mod request;
+pub mod rewrite;
+pub mod tables;
+pub mod transport;
+pub mod verdict;
+
+pub use family::{Family, V4, V6};
+pub use packet::{NetworkHeader, Packet, Plain};
+pub use reply::reply;
+pub use request::request;
+pub use tables::{FlowEntry, InsertError, SessionEntry, Tables};
+pub use verdict::Verdict;

@@ -1,0 +1,82 @@
+//! How the core reads and writes a packet, wherever it lives.
+
+use proxier_common::Address;
+
+/// A type that may be read from any bytes of a packet.
+///
+/// # Safety
+///
+/// Every bit pattern must be a valid value, and the type must have no padding: `repr(C)` of integers and byte
+/// arrays that fit together without holes.
+pub unsafe trait Plain: Copy {}
+
+macro_rules! plain {
+    ($($name:ty),+ $(,)?) => {$(
+        // SAFETY: an integer or byte array; see the trait.
+        unsafe impl Plain for $name {}
+    )+};
+}
+plain!(u8, u16, [u8; 2], [u8; 4], [u8; 8]);
+
+/// Where a packet's network header starts and what it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NetworkHeader {
+    /// IPv4, at this offset from the packet's first byte.
+    V4(u32),
+    /// IPv6, at this offset from the packet's first byte.
+    V6(u32),
+}
+
+/// The kernel would not write: no memory to make the packet writable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WriteError;
+
+/// A packet from its link-layer header on.
+///
+/// Offsets count bytes from the first byte. Reads past the end give `None`. Writes are only asked for where a read
+/// has succeeded before.
+pub trait Packet {
+    /// The network header; `None` if it is neither IPv4 nor IPv6.
+    fn network_header(&self) -> Option<NetworkHeader>;
+
+    /// Length in bytes, link-layer header included. Of a GSO packet the length of the whole.
+    fn length(&self) -> u32;
+
+    /// Copies a value out of the packet. The offset need not be aligned.
+    fn load<T: Plain>(&self, offset: u32) -> Option<T>;
+
+    /// Adds `difference` to the transport checksum at `offset`, which covers a pseudo-header whose addresses
+    /// changed by that much. With `zero_means_none`, a checksum of zero stays zero, and none becomes zero
+    /// (RFC 768).
+    ///
+    /// # Errors
+    ///
+    /// [`WriteError`]; the packet is unchanged.
+    fn adjust_transport_checksum(
+        &mut self,
+        offset: u32,
+        difference: u32,
+        zero_means_none: bool,
+    ) -> Result<(), WriteError>;
+
+    /// Adds `difference` to the IPv4 header checksum at `offset`.
+    ///
+    /// # Errors
+    ///
+    /// [`WriteError`]; this write has not happened.
+    fn adjust_header_checksum(&mut self, offset: u32, difference: u32) -> Result<(), WriteError>;
+
+    /// Writes an IPv4 address. The header checksum makes up for it, so a checksum over the whole packet stays.
+    ///
+    /// # Errors
+    ///
+    /// [`WriteError`]; this write has not happened.
+    fn store_v4_address(&mut self, offset: u32, address: Address) -> Result<(), WriteError>;
+
+    /// Writes an IPv6 address, to which no checksum of the IPv6 header belongs.
+    ///
+    /// # Errors
+    ///
+    /// [`WriteError`]; this write has not happened.
+    fn store_v6_address(&mut self, offset: u32, address: Address) -> Result<(), WriteError>;
+}

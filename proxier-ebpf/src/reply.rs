@@ -1,0 +1,151 @@
+//! Replies: a packet of a pod that answers a client leaves with the external address that the client spoke to.
+//!
+//! Only a packet that matches a flow is a reply. A pod's own connections, and its answers to clients that spoke to
+//! the pod's address directly, match none.
+
+use proxier_common::{
+    Address, DELIVERY_STACK, DropReason, FlowKey, FlowValue, FragmentKey, FragmentValue, TCP_REPLIED,
+    TCP_REPLY_FIN,
+    timeout::{self, SECOND, protocol},
+};
+
+use crate::{
+    family::{Family, Fragment, Payload},
+    packet::{NetworkHeader, Packet},
+    rewrite,
+    tables::{FlowEntry, Tables},
+    transport::{self, Kind, Transport, tcp_flags},
+    verdict::Verdict,
+};
+
+/// How long the rest of a fragmented packet may take: a receiver gives up after 60 s (RFC 8200, section 4.5).
+const FRAGMENT_TIMEOUT: u64 = 60 * SECOND;
+
+/// Decides about a packet that is about to leave, and rewrites it if it answers a client of an external address.
+#[inline(always)]
+pub fn reply<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Verdict {
+    match packet.network_header() {
+        Some(NetworkHeader::V4(offset)) => of_family::<crate::V4, P, T>(packet, tables, offset),
+        Some(NetworkHeader::V6(offset)) => of_family::<crate::V6, P, T>(packet, tables, offset),
+        None => Verdict::Next,
+    }
+}
+
+// A function of its own for each family: the two then share the kernel's 512 bytes of stack, one after the other.
+#[inline(never)]
+fn of_family<F: Family, P: Packet, T: Tables>(packet: &mut P, tables: &T, offset: u32) -> Verdict {
+    let Some(header) = F::header(packet, offset) else {
+        return Verdict::Next;
+    };
+    let mut payload = Payload::EMPTY;
+    let mut transport = Transport::EMPTY;
+    if !F::payload(packet, offset, &header, &mut payload)
+        || transport::read(packet, &payload, &mut transport).is_err()
+    {
+        return Verdict::Next;
+    }
+    let (pod, peer) = (F::source(&header), F::destination(&header));
+    let mut external = pod;
+    let found = if let Fragment::Later = payload.fragment {
+        external_of_fragment(tables, &fragment_key::<F>(pod, peer, &payload), &mut external)
+    } else {
+        external_of_flow(tables, &pod, &peer, &transport, &mut external)
+    };
+    if !found {
+        return Verdict::Next;
+    }
+    if let Fragment::First = payload.fragment {
+        tables.put_fragment(
+            &fragment_key::<F>(pod, peer, &payload),
+            &FragmentValue { external, seen: tables.now() },
+        );
+    }
+    match rewrite::source::<F, P>(packet, offset, &transport, pod, external) {
+        Ok(()) => Verdict::Rewritten,
+        Err(_) => Verdict::Drop(DropReason::RewriteFailed),
+    }
+}
+
+/// Finds the external address that the client of this conversation speaks to. `false` if it is no conversation of
+/// ours.
+#[inline(never)]
+fn external_of_flow<T: Tables>(
+    tables: &T,
+    pod: &Address,
+    peer: &Address,
+    transport: &Transport,
+    external: &mut Address,
+) -> bool {
+    if !matches!(transport.kind, Kind::Ordinary | Kind::Answer) {
+        return false;
+    }
+    let key = FlowKey {
+        pod: *pod,
+        peer: *peer,
+        pod_port: transport.source_port,
+        peer_port: if transport.query == 0 { transport.destination_port } else { 0 },
+        protocol: transport.protocol,
+        query: transport.query,
+        padding: 0,
+    };
+    let Some(entry) = tables.flow(&key) else {
+        return false;
+    };
+    let flow = entry.value();
+    let now = tables.now();
+    if flow.delivery != DELIVERY_STACK || is_another_conversation(&key, &flow, transport, now) {
+        return false;
+    }
+    if now.saturating_sub(flow.last_seen) >= SECOND {
+        entry.set_last_seen(now);
+    }
+    if transport.protocol == protocol::TCP {
+        let state = tcp_state_after(transport, flow.tcp_state);
+        if state != flow.tcp_state {
+            entry.set_tcp_state(state);
+        }
+    }
+    *external = flow.external;
+    true
+}
+
+/// The flow is one that has ended, and the same client and port now speak with the pod directly.
+#[inline(always)]
+fn is_another_conversation(key: &FlowKey, flow: &FlowValue, transport: &Transport, now: u64) -> bool {
+    timeout::flow_is_over(key, flow, now)
+        || transport.tcp_flags & tcp_flags::SYN != 0 && timeout::tcp_is_closed(flow.tcp_state)
+}
+
+/// What a TCP connection's state becomes by a packet of the pod.
+#[inline(always)]
+const fn tcp_state_after(transport: &Transport, state: u8) -> u8 {
+    let flags = transport.tcp_flags;
+    let mut state = transport::reset_after(flags, state) | TCP_REPLIED;
+    if flags & tcp_flags::FIN != 0 {
+        state |= TCP_REPLY_FIN;
+    }
+    state
+}
+
+#[inline(always)]
+fn fragment_key<F: Family>(source: Address, destination: Address, payload: &Payload) -> FragmentKey {
+    FragmentKey {
+        source,
+        destination,
+        identification: payload.identification,
+        protocol: F::fragment_protocol(payload),
+        padding: [0; 3],
+    }
+}
+
+/// Finds what the first fragment of the same packet left with. `false` if it was not ours, or has not passed yet.
+#[inline(always)]
+fn external_of_fragment<T: Tables>(tables: &T, key: &FragmentKey, external: &mut Address) -> bool {
+    match tables.fragment(key) {
+        Some(fragment) if tables.now().saturating_sub(fragment.seen) <= FRAGMENT_TIMEOUT => {
+            *external = fragment.external;
+            true
+        }
+        _ => false,
+    }
+}

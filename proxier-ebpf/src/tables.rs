@@ -1,0 +1,79 @@
+//! How the core sees the maps, whoever holds them.
+
+use proxier_common::{
+    BackendKey, BackendValue, FlowKey, FlowValue, FragmentKey, FragmentValue, MemberKey, MemberValue,
+    ServiceKey, ServiceValue, SessionKey, SessionValue,
+};
+
+/// Why an entry could not be inserted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InsertError {
+    /// Another packet was faster.
+    Exists,
+    /// The table would not take it.
+    Full,
+}
+
+/// A flow in its table. Other CPUs may write to it at the same time; every write is of one field.
+pub trait FlowEntry {
+    /// A copy of the flow as it is now.
+    fn value(&self) -> FlowValue;
+    /// Notes when a packet last passed.
+    fn set_last_seen(&self, now: u64);
+    /// Notes how far a TCP connection has come.
+    fn set_tcp_state(&self, state: u8);
+}
+
+/// A session in its table. Other CPUs may write to it at the same time; every write is of one field.
+pub trait SessionEntry {
+    /// A copy of the session as it is now.
+    fn value(&self) -> SessionValue;
+    /// Notes when the client last sent something.
+    fn set_last_seen(&self, now: u64);
+    /// Notes that the pod belongs to the Service in this generation too.
+    fn set_generation(&self, generation: u32);
+}
+
+/// The maps and the clock.
+pub trait Tables {
+    /// An entry of `flows`.
+    type Flow: FlowEntry;
+    /// An entry of `sessions`.
+    type Session: SessionEntry;
+
+    /// `CLOCK_MONOTONIC` in nanoseconds.
+    fn now(&self) -> u64;
+
+    /// Looks up an external address.
+    fn service(&self, key: &ServiceKey) -> Option<ServiceValue>;
+    /// Looks up a backend.
+    fn backend(&self, key: &BackendKey) -> Option<BackendValue>;
+    /// Looks up whether a pod belongs to a Service.
+    fn member(&self, key: &MemberKey) -> Option<MemberValue>;
+
+    /// Looks up a client's session.
+    fn session(&self, key: &SessionKey) -> Option<Self::Session>;
+    /// Inserts or replaces a session. When the table is full the least recently used one goes; should that fail,
+    /// the client is placed anew with its next packet.
+    fn put_session(&self, key: &SessionKey, value: &SessionValue);
+
+    /// Looks up a flow.
+    fn flow(&self, key: &FlowKey) -> Option<Self::Flow>;
+    /// Inserts a flow that is not there yet.
+    ///
+    /// # Errors
+    ///
+    /// It is there by now, or the table would not take it.
+    fn insert_flow(&self, key: &FlowKey, value: &FlowValue) -> Result<(), InsertError>;
+    /// Inserts or replaces a flow.
+    ///
+    /// # Errors
+    ///
+    /// The table would not take it.
+    fn replace_flow(&self, key: &FlowKey, value: &FlowValue) -> Result<(), InsertError>;
+
+    /// Looks up what the first fragment of a packet decided.
+    fn fragment(&self, key: &FragmentKey) -> Option<FragmentValue>;
+    /// Remembers what the first fragment of a packet decided.
+    fn put_fragment(&self, key: &FragmentKey, value: &FragmentValue);
+}

@@ -1,0 +1,193 @@
+//! What the core needs from the transport header: which conversation the packet belongs to, and which checksum
+//! covers the addresses.
+
+use proxier_common::{TCP_RESET, timeout::protocol};
+
+use crate::{
+    family::{Fragment, Payload},
+    packet::Packet,
+};
+
+/// IP protocol numbers (IANA) known here beside those that have a timeout of their own.
+mod number {
+    pub(super) const DCCP: u8 = 33;
+    pub(super) const SCTP: u8 = 132;
+}
+
+/// TCP header flags, byte 13 (RFC 9293).
+pub mod tcp_flags {
+    /// No more data from the sender.
+    pub const FIN: u8 = 0x01;
+    /// Synchronize sequence numbers.
+    pub const SYN: u8 = 0x02;
+    /// Reset the connection.
+    pub const RST: u8 = 0x04;
+    /// The acknowledgment field is significant.
+    pub const ACK: u8 = 0x10;
+}
+
+/// What a packet is, as far as a conversation goes.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Ports, or no ports at all: either side may speak first.
+    Ordinary,
+    /// An ICMP query of the type that [`Transport::query`] says.
+    Query,
+    /// The ICMP answer to a query of the type that [`Transport::query`] says.
+    Answer,
+    /// An ICMP error, which quotes another packet.
+    IcmpError,
+    /// Neighbour discovery (RFC 4861): about this link, never to be rewritten.
+    NeighbourDiscovery,
+    /// Awaits no reply of its own: a later fragment, or an ICMP message that is neither query, answer nor error.
+    Unpaired,
+}
+
+/// The transport header, as far as the core cares.
+///
+/// Plain fields, no `Option`: the kernel refuses BTF in which a union has a member that is not at its start, which is
+/// how an enum looks whose discriminant hides in a later field.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Transport {
+    /// Offset in the packet of the checksum that covers the addresses; 0 if there is none.
+    pub checksum_offset: u32,
+    /// Source port in network order; of an ICMP query or answer the identifier; else 0.
+    pub source_port: u16,
+    /// Destination port in network order; of an ICMP query or answer the identifier; else 0.
+    pub destination_port: u16,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// What it is.
+    pub kind: Kind,
+    /// The type of the ICMP query that this is or answers; else 0.
+    pub query: u8,
+    /// TCP's flags; else 0.
+    pub tcp_flags: u8,
+    /// A checksum of zero says that there is none (UDP).
+    pub zero_means_none: bool,
+}
+
+/// Why there is no [`Transport`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TransportError {
+    /// The packet ends within the header: its receiver will not want it either.
+    Truncated,
+    /// The first fragment ends within the part of the header that is needed.
+    TinyFragment,
+}
+
+impl Transport {
+    /// To be filled in by [`read`].
+    pub const EMPTY: Self = Self {
+        checksum_offset: 0,
+        source_port: 0,
+        destination_port: 0,
+        protocol: 0,
+        kind: Kind::Ordinary,
+        query: 0,
+        tcp_flags: 0,
+        zero_means_none: false,
+    };
+}
+
+/// How many bytes of a header must be there. A whole packet has a whole header; a first fragment may end early
+/// (RFC 1858), but must reach as far as ports and checksum.
+struct Layout {
+    whole: u32,
+    first_fragment: u32,
+    checksum: u32,
+    zero_means_none: bool,
+}
+
+/// Reads the transport header that `payload` points at into `transport`.
+///
+/// # Errors
+///
+/// The header is not all there.
+#[inline(never)]
+pub fn read<P: Packet>(
+    packet: &P,
+    payload: &Payload,
+    transport: &mut Transport,
+) -> Result<(), TransportError> {
+    *transport = Transport { protocol: payload.protocol, ..Transport::EMPTY };
+    if let Fragment::Later = payload.fragment {
+        transport.kind = Kind::Unpaired;
+        return Ok(());
+    }
+    let layout = match payload.protocol {
+        protocol::TCP => Layout { whole: 20, first_fragment: 18, checksum: 16, zero_means_none: false },
+        protocol::UDP | protocol::UDPLITE => {
+            Layout { whole: 8, first_fragment: 8, checksum: 6, zero_means_none: true }
+        }
+        number::DCCP => Layout { whole: 12, first_fragment: 8, checksum: 6, zero_means_none: false },
+        // CRC32c, which does not cover addresses (RFC 9260, section 6.8).
+        number::SCTP => Layout { whole: 12, first_fragment: 4, checksum: 0, zero_means_none: false },
+        // No pseudo-header (RFC 792).
+        protocol::ICMP => Layout { whole: 8, first_fragment: 8, checksum: 0, zero_means_none: false },
+        // A pseudo-header (RFC 4443, section 2.3).
+        protocol::ICMPV6 => Layout { whole: 8, first_fragment: 8, checksum: 2, zero_means_none: false },
+        _ => return Ok(()),
+    };
+    let available = payload.end.saturating_sub(payload.offset);
+    match payload.fragment {
+        Fragment::Whole if available < layout.whole => return Err(TransportError::Truncated),
+        Fragment::First if available < layout.first_fragment => return Err(TransportError::TinyFragment),
+        _ => {}
+    }
+    if layout.checksum != 0 {
+        transport.checksum_offset = payload.offset + layout.checksum;
+        transport.zero_means_none = layout.zero_means_none;
+    }
+    if let protocol::ICMP | protocol::ICMPV6 = payload.protocol {
+        let header: [u8; 8] = packet.load(payload.offset).ok_or(TransportError::Truncated)?;
+        (transport.kind, transport.query) = icmp_kind(payload.protocol, header[0]);
+        if let Kind::Query | Kind::Answer = transport.kind {
+            let identifier = u16::from_ne_bytes([header[4], header[5]]);
+            transport.source_port = identifier;
+            transport.destination_port = identifier;
+        }
+        return Ok(());
+    }
+    let ports: [u8; 4] = packet.load(payload.offset).ok_or(TransportError::Truncated)?;
+    transport.source_port = u16::from_ne_bytes([ports[0], ports[1]]);
+    transport.destination_port = u16::from_ne_bytes([ports[2], ports[3]]);
+    if payload.protocol == protocol::TCP {
+        transport.tcp_flags = packet.load(payload.offset + 13).ok_or(TransportError::Truncated)?;
+    }
+    Ok(())
+}
+
+/// What an ICMP or ICMPv6 type is, and the query it belongs to (IANA registries "ICMP Type Numbers" and "ICMPv6
+/// type Numbers").
+#[inline(always)]
+const fn icmp_kind(protocol_number: u8, icmp_type: u8) -> (Kind, u8) {
+    if protocol_number == protocol::ICMP {
+        match icmp_type {
+            8 | 13 | 15 | 17 => (Kind::Query, icmp_type),
+            0 => (Kind::Answer, 8),
+            14 | 16 | 18 => (Kind::Answer, icmp_type - 1),
+            3 | 4 | 5 | 11 | 12 => (Kind::IcmpError, 0),
+            _ => (Kind::Unpaired, 0),
+        }
+    } else {
+        match icmp_type {
+            128 | 139 => (Kind::Query, icmp_type),
+            129 | 140 => (Kind::Answer, icmp_type - 1),
+            1..=127 => (Kind::IcmpError, 0),
+            133..=137 => (Kind::NeighbourDiscovery, 0),
+            _ => (Kind::Unpaired, 0),
+        }
+    }
+}
+
+/// What a TCP connection's state becomes by a packet of either side, as far as resets go.
+///
+/// Anyone on the path can send a RST that neither side accepts (RFC 5961). A connection on which more follows than
+/// RSTs is not closed.
+#[inline(always)]
+pub(crate) const fn reset_after(flags: u8, state: u8) -> u8 {
+    if flags & tcp_flags::RST != 0 { state | TCP_RESET } else { state & !TCP_RESET }
+}

@@ -1,0 +1,341 @@
+//! Packets with named addresses, tables with a Service in them, and a judge of checksums that shares no code with the
+//! packet core.
+//!
+//! ```text
+//!   CLIENT ──> EXTERNAL            (services: EXTERNAL -> slot 0 = POD, slot 1 = OTHER_POD, ...)
+//!                 │ request()
+//!   CLIENT ──>   POD
+//!                 │ reply()
+//!   CLIENT <── EXTERNAL
+//! ```
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "lengths and numbers of a few bytes; the lint knows tests only by their attribute"
+)]
+#![allow(dead_code, unreachable_pub, reason = "each test binary includes it whole and uses a part of it")]
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use internet_checksum::Checksum;
+use proxier_common::{
+    Address, BackendKey, BackendValue, MemberKey, MemberValue, ServiceKey, ServiceValue, timeout::SECOND,
+};
+use proxier_ebpf::host::{HostPacket, HostTables};
+
+pub const TCP: u8 = 6;
+pub const UDP: u8 = 17;
+pub const DCCP: u8 = 33;
+pub const GRE: u8 = 47;
+pub const ESP: u8 = 50;
+pub const ICMP: u8 = 1;
+pub const ICMPV6: u8 = 58;
+pub const SCTP: u8 = 132;
+pub const UDPLITE: u8 = 136;
+
+pub const SERVICE_ID: u32 = 7;
+pub const AFFINITY_TIMEOUT: u32 = 10_800;
+
+/// The named addresses of one family.
+#[derive(Clone, Copy, Debug)]
+pub struct Net {
+    pub client: IpAddr,
+    pub external: IpAddr,
+    pub other_external: IpAddr,
+    pub pod: IpAddr,
+    pub other_pod: IpAddr,
+    pub icmp: u8,
+}
+
+pub const V4: Net = Net {
+    client: IpAddr::V4(Ipv4Addr::new(192, 168, 1, 100)),
+    external: IpAddr::V4(Ipv4Addr::new(10, 0, 0, 55)),
+    other_external: IpAddr::V4(Ipv4Addr::new(10, 0, 0, 56)),
+    pod: IpAddr::V4(Ipv4Addr::new(11, 0, 2, 2)),
+    other_pod: IpAddr::V4(Ipv4Addr::new(11, 0, 2, 3)),
+    icmp: ICMP,
+};
+
+pub const V6: Net = Net {
+    client: IpAddr::V6(Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 0x100)),
+    external: IpAddr::V6(Ipv6Addr::new(0x1000, 0, 0, 0, 0, 0, 0, 0x55)),
+    other_external: IpAddr::V6(Ipv6Addr::new(0x1000, 0, 0, 0, 0, 0, 0, 0x56)),
+    pod: IpAddr::V6(Ipv6Addr::new(0x1100, 0, 0, 0, 0, 0, 0, 0x202)),
+    other_pod: IpAddr::V6(Ipv6Addr::new(0x1100, 0, 0, 0, 0, 0, 0, 0x203)),
+    icmp: ICMPV6,
+};
+
+pub const BOTH: [Net; 2] = [V4, V6];
+
+/// Tables in which `externals` lead to `pods` in generation 1, at second 1,000.
+pub fn tables(externals: &[IpAddr], pods: &[IpAddr]) -> HostTables {
+    let tables = HostTables::default();
+    tables.now.set(1_000 * SECOND);
+    set_pods(&tables, externals, pods, 1);
+    tables
+}
+
+/// Puts a generation in force, as the agent does: members first, then the switch.
+pub fn set_pods(tables: &HostTables, externals: &[IpAddr], pods: &[IpAddr], generation: u32) {
+    let mut members = tables.members.borrow_mut();
+    members.retain(|key, _| pods.contains(&key.pod.to_ip()));
+    for (slot, pod) in (0..).zip(pods) {
+        let pod = Address::from(*pod);
+        let key = BackendKey { service_id: SERVICE_ID, generation, slot };
+        tables.backends.borrow_mut().insert(key, BackendValue { pod });
+        members
+            .entry(MemberKey { pod, service_id: SERVICE_ID, padding: 0 })
+            .or_insert(MemberValue { since_generation: generation });
+    }
+    for external in externals {
+        tables.services.borrow_mut().insert(
+            ServiceKey { external: (*external).into() },
+            ServiceValue {
+                service_id: SERVICE_ID,
+                generation,
+                backend_count: pods.len().try_into().unwrap(),
+                affinity_timeout: AFFINITY_TIMEOUT,
+                flags: 0,
+                padding: 0,
+            },
+        );
+    }
+}
+
+/// What a test may vary about the headers before the transport header.
+#[derive(Clone, Debug, Default)]
+pub struct Network {
+    /// VLAN tags, outermost first.
+    pub vlans: Vec<u16>,
+    /// IPv4 options (a multiple of four bytes).
+    pub options: Vec<u8>,
+    /// IPv6 extension headers: number, and the bytes behind the next-header byte.
+    pub extensions: Vec<(u8, Vec<u8>)>,
+    /// Offset in units of 8 bytes, more fragments, identification.
+    pub fragment: Option<(u16, bool, u32)>,
+    /// Bytes behind the IP packet, as Ethernet pads.
+    pub padding: usize,
+}
+
+/// An Ethernet frame with an IP packet of `protocol` from `source` to `destination`.
+pub fn frame(net: &Network, source: IpAddr, destination: IpAddr, protocol: u8, payload: &[u8]) -> HostPacket {
+    let mut bytes = vec![2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1];
+    for vlan in &net.vlans {
+        bytes.extend([0x81, 0x00]);
+        bytes.extend(vlan.to_be_bytes());
+    }
+    match (source, destination) {
+        (IpAddr::V4(source), IpAddr::V4(destination)) => {
+            bytes.extend([0x08, 0x00]);
+            bytes.extend(v4_header(net, source, destination, protocol, payload.len()));
+        }
+        (IpAddr::V6(source), IpAddr::V6(destination)) => {
+            bytes.extend([0x86, 0xdd]);
+            bytes.extend(v6_header(net, source, destination, protocol, payload.len()));
+        }
+        _ => panic!("{source} and {destination} are of two families"),
+    }
+    bytes.extend(payload);
+    bytes.extend(std::iter::repeat_n(0xee, net.padding));
+    HostPacket { bytes }
+}
+
+fn v4_header(
+    net: &Network,
+    source: Ipv4Addr,
+    destination: Ipv4Addr,
+    protocol: u8,
+    payload: usize,
+) -> Vec<u8> {
+    let length = 20 + net.options.len();
+    let mut header = vec![0x40 | u8::try_from(length / 4).unwrap(), 0];
+    header.extend(u16::try_from(length + payload).unwrap().to_be_bytes());
+    let (offset, more, identification) = net.fragment.unwrap_or((0, false, 0x1234));
+    header.extend(u16::try_from(identification & 0xffff).unwrap().to_be_bytes());
+    header.extend((offset | if more { 0x2000 } else { 0 }).to_be_bytes());
+    header.extend([64, protocol, 0, 0]);
+    header.extend(source.octets());
+    header.extend(destination.octets());
+    header.extend(&net.options);
+    let checksum = internet_checksum::checksum(&header);
+    header[10..12].copy_from_slice(&checksum);
+    header
+}
+
+fn v6_header(
+    net: &Network,
+    source: Ipv6Addr,
+    destination: Ipv6Addr,
+    protocol: u8,
+    payload: usize,
+) -> Vec<u8> {
+    let mut chain = net.extensions.clone();
+    if let Some((offset, more, identification)) = net.fragment {
+        let mut body = vec![0];
+        body.extend((offset << 3 | u16::from(more)).to_be_bytes());
+        body.extend(identification.to_be_bytes());
+        chain.push((44, body));
+    }
+    let numbers: Vec<u8> = chain.iter().map(|(number, _)| *number).chain([protocol]).collect();
+    let mut extensions = Vec::new();
+    for (next, (_, body)) in numbers[1..].iter().zip(&chain) {
+        extensions.push(*next);
+        extensions.extend(body);
+    }
+    let mut header = vec![0x60, 0, 0, 0];
+    header.extend(u16::try_from(extensions.len() + payload).unwrap().to_be_bytes());
+    header.extend([numbers[0], 64]);
+    header.extend(source.octets());
+    header.extend(destination.octets());
+    header.extend(extensions);
+    header
+}
+
+/// Where a protocol's checksum is, if it covers the addresses.
+pub fn checksum_offset(protocol: u8) -> Option<usize> {
+    match protocol {
+        TCP => Some(16),
+        UDP | UDPLITE | DCCP => Some(6),
+        ICMPV6 => Some(2),
+        _ => None,
+    }
+}
+
+/// The checksum of `segment` with its pseudo-header, from scratch: RFC 793, 768, 8200 section 8.1.
+pub fn transport_checksum(source: IpAddr, destination: IpAddr, protocol: u8, segment: &[u8]) -> [u8; 2] {
+    let mut checksum = Checksum::new();
+    for address in [source, destination] {
+        match address {
+            IpAddr::V4(address) => checksum.add_bytes(&address.octets()),
+            IpAddr::V6(address) => checksum.add_bytes(&address.octets()),
+        }
+    }
+    checksum.add_bytes(&u32::try_from(segment.len()).unwrap().to_be_bytes());
+    checksum.add_bytes(&[0, 0, 0, protocol]);
+    checksum.add_bytes(segment);
+    checksum.checksum()
+}
+
+/// Fills in the checksum of `segment`.
+pub fn seal(source: IpAddr, destination: IpAddr, protocol: u8, mut segment: Vec<u8>) -> Vec<u8> {
+    if protocol == ICMP {
+        segment[2..4].fill(0);
+        let checksum = internet_checksum::checksum(&segment);
+        segment[2..4].copy_from_slice(&checksum);
+    } else if let Some(at) = checksum_offset(protocol) {
+        segment[at..at + 2].fill(0);
+        let mut checksum = transport_checksum(source, destination, protocol, &segment);
+        if checksum == [0, 0] && matches!(protocol, UDP | UDPLITE) {
+            checksum = [0xff, 0xff];
+        }
+        segment[at..at + 2].copy_from_slice(&checksum);
+    }
+    segment
+}
+
+/// A transport header with `payload` behind it, checksum not filled in. `ports` are source and destination; of ICMP
+/// the first is the type and the second the identifier.
+pub fn segment(protocol: u8, ports: (u16, u16), payload: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let head = |bytes: &mut Vec<u8>| {
+        bytes.extend(ports.0.to_be_bytes());
+        bytes.extend(ports.1.to_be_bytes());
+    };
+    match protocol {
+        TCP => {
+            head(&mut bytes);
+            bytes.extend([0, 0, 0, 1, 0, 0, 0, 2, 0x50, 0x10, 0x20, 0, 0, 0, 0, 0]);
+        }
+        UDP | UDPLITE => {
+            head(&mut bytes);
+            bytes.extend(u16::try_from(8 + payload.len()).unwrap().to_be_bytes());
+            bytes.extend([0, 0]);
+        }
+        DCCP => {
+            head(&mut bytes);
+            bytes.extend([4, 0, 0, 0, 0, 1, 2, 3, 0, 0, 0, 0]);
+        }
+        SCTP => {
+            head(&mut bytes);
+            bytes.extend([9, 8, 7, 6, 0xca, 0xfe, 0xba, 0xbe]);
+        }
+        ICMP | ICMPV6 => {
+            bytes.extend([u8::try_from(ports.0).unwrap(), 0, 0, 0]);
+            bytes.extend(ports.1.to_be_bytes());
+            bytes.extend([0, 1]);
+        }
+        _ => {}
+    }
+    bytes.extend(payload);
+    bytes
+}
+
+/// A sealed packet from `source` to `destination`.
+pub fn packet(
+    net: &Network,
+    source: IpAddr,
+    destination: IpAddr,
+    protocol: u8,
+    ports: (u16, u16),
+    payload: &[u8],
+) -> HostPacket {
+    let segment = seal(source, destination, protocol, segment(protocol, ports, payload));
+    frame(net, source, destination, protocol, &segment)
+}
+
+/// The same from plain headers.
+pub fn plain(source: IpAddr, destination: IpAddr, protocol: u8, ports: (u16, u16)) -> HostPacket {
+    packet(&Network::default(), source, destination, protocol, ports, b"hello, whole address")
+}
+
+/// What the packet says, read by etherparse.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Seen {
+    pub source: IpAddr,
+    pub destination: IpAddr,
+    pub protocol: u8,
+    /// The IP payload behind extension headers.
+    pub segment: Vec<u8>,
+}
+
+pub fn seen(packet: &HostPacket) -> Seen {
+    let sliced = etherparse::SlicedPacket::from_ethernet(&packet.bytes).expect("a whole packet");
+    match sliced.net.expect("an IP packet") {
+        etherparse::NetSlice::Ipv4(v4) => Seen {
+            source: v4.header().source_addr().into(),
+            destination: v4.header().destination_addr().into(),
+            protocol: v4.payload().ip_number.0,
+            segment: v4.payload().payload.to_vec(),
+        },
+        etherparse::NetSlice::Ipv6(v6) => Seen {
+            source: v6.header().source_addr().into(),
+            destination: v6.header().destination_addr().into(),
+            protocol: v6.payload().ip_number.0,
+            segment: v6.payload().payload.to_vec(),
+        },
+        other => panic!("neither IPv4 nor IPv6: {other:?}"),
+    }
+}
+
+/// Every checksum of a whole packet is what it would be if the packet had been made like this.
+pub fn assert_checksums(packet: &HostPacket) {
+    let sliced = etherparse::SlicedPacket::from_ethernet(&packet.bytes).expect("a whole packet");
+    if let Some(etherparse::NetSlice::Ipv4(v4)) = &sliced.net {
+        let header = v4.header().to_header();
+        assert_eq!(header.header_checksum, header.calc_header_checksum(), "IPv4 header checksum");
+    }
+    let seen = seen(packet);
+    if let Some(at) = checksum_offset(seen.protocol) {
+        let found: [u8; 2] = seen.segment[at..at + 2].try_into().unwrap();
+        if found == [0, 0] && matches!(seen.protocol, UDP | UDPLITE) {
+            return;
+        }
+        let mut blank = seen.segment.clone();
+        blank[at..at + 2].fill(0);
+        let mut expected = transport_checksum(seen.source, seen.destination, seen.protocol, &blank);
+        if expected == [0, 0] && matches!(seen.protocol, UDP | UDPLITE) {
+            expected = [0xff, 0xff];
+        }
+        assert_eq!(found, expected, "checksum of protocol {}", seen.protocol);
+    }
+}

@@ -1,0 +1,337 @@
+//! Composition root: which source feeds which sink, and when. Holds the catalog, works out the desired state at every
+//! change, hands it to the sink, tries again what failed, and ends on a signal without undoing anything.
+
+use std::{future::Future, time::Duration};
+
+use anyhow::{Context as _, bail};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+    time::{Instant, MissedTickBehavior, interval, sleep_until},
+};
+
+use crate::{
+    catalog::Catalog,
+    desired::{self, Desired, Settings},
+    model::{ObjectId, Problem, Subject},
+    observe::{changes, report},
+    sink::{Sink, Snapshot, json},
+    source::{Batch, Event},
+};
+
+const FIRST_RETRY: Duration = Duration::from_secs(1);
+const LAST_RETRY: Duration = Duration::from_secs(60);
+const TICK: Duration = Duration::from_secs(1);
+
+/// When to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Until {
+    /// When told to.
+    Signalled,
+    /// Once the first whole list has been applied.
+    FirstApply,
+}
+
+/// Keeps `sink` in line with what comes from `batches`, until a signal comes or `until` says so. Then nothing is
+/// undone: packets go on without the agent.
+///
+/// # Errors
+///
+/// The source has ended; or, with [`Until::FirstApply`], the sink could not apply the state.
+pub async fn run(
+    batches: mpsc::Receiver<Batch>,
+    sink: &mut dyn Sink,
+    settings: Settings,
+    until: Until,
+) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
+    let shutdown = async move {
+        tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+        }
+    };
+    Agent::new(sink, settings).run(batches, until, shutdown).await
+}
+
+/// A failed attempt, and when the next one is due.
+#[derive(Clone, Copy, Debug)]
+struct Retry {
+    delay: Duration,
+    at: Instant,
+}
+
+struct Agent<'a> {
+    sink: &'a mut dyn Sink,
+    settings: Settings,
+    catalog: Catalog,
+    source_problems: Vec<Problem>,
+    report: report::Report,
+    /// What the sink has applied last; none before the first time.
+    in_force: Option<Desired>,
+    retry: Option<Retry>,
+    /// Whether the last housekeeping failed: one line in the log, not one a second.
+    tick_failed: bool,
+}
+
+impl<'a> Agent<'a> {
+    fn new(sink: &'a mut dyn Sink, settings: Settings) -> Self {
+        Self {
+            sink,
+            settings,
+            catalog: Catalog::default(),
+            source_problems: Vec::new(),
+            report: report::Report::default(),
+            in_force: None,
+            retry: None,
+            tick_failed: false,
+        }
+    }
+
+    async fn run(
+        mut self,
+        mut batches: mpsc::Receiver<Batch>,
+        until: Until,
+        shutdown: impl Future<Output = &'static str>,
+    ) -> anyhow::Result<()> {
+        tokio::pin!(shutdown);
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            // Far away if nothing has failed; the branch is off then.
+            let retry_at = self.retry.map_or_else(Instant::now, |retry| retry.at);
+            tokio::select! {
+                signal = &mut shutdown => {
+                    tracing::info!(signal, "ending; what is in force stays in force");
+                    return Ok(());
+                }
+                batch = batches.recv() => {
+                    let Some(batch) = batch else {
+                        bail!("the source has ended: see the log above, then start proxier again");
+                    };
+                    self.absorb(batch);
+                    // What came meanwhile is one change, not many.
+                    while let Ok(batch) = batches.try_recv() {
+                        self.absorb(batch);
+                    }
+                }
+                () = sleep_until(retry_at), if self.retry.is_some() => {}
+                _ = tick.tick() => {
+                    self.tick();
+                    continue;
+                }
+            }
+            match self.apply() {
+                Ok(()) if until == Until::FirstApply => return Ok(()),
+                Ok(()) => {}
+                // `| head` has what it wanted.
+                Err(error) if json::is_broken_pipe(&error) => return Ok(()),
+                Err(error) if until == Until::FirstApply => return Err(error),
+                Err(error) => self.failed(&error),
+            }
+        }
+    }
+
+    fn absorb(&mut self, batch: Batch) {
+        for event in batch.events {
+            match event {
+                Event::Apply(object) => self.catalog.apply(object),
+                Event::Delete(id) => self.catalog.delete(&id),
+            }
+        }
+        self.source_problems = batch.problems;
+    }
+
+    fn apply(&mut self) -> anyhow::Result<()> {
+        let (desired, problems) = desired::compute(&self.catalog, &self.settings);
+        let transitions = self.report.update(self.source_problems.iter().cloned().chain(problems));
+        report::log(&transitions, |subject| exists(&self.catalog, subject));
+
+        self.sink.apply(Snapshot { catalog: &self.catalog, desired: &desired })?;
+        if self.retry.take().is_some() {
+            tracing::info!("applied now, after failures");
+        }
+        let first = self.in_force.is_none();
+        let before = self.in_force.take().unwrap_or_default();
+        changes::log(&before, &desired);
+        if first {
+            tracing::info!(
+                node = %self.settings.node,
+                services = self.catalog.services().count(),
+                externals = desired.services.values().map(|service| service.externals.len()).sum::<usize>(),
+                pods = desired.services.values().map(|service| service.pods.len()).sum::<usize>(),
+                "ready"
+            );
+        }
+        self.in_force = Some(desired);
+        Ok(())
+    }
+
+    fn failed(&mut self, error: &anyhow::Error) {
+        let delay = self.retry.map_or(FIRST_RETRY, |retry| (retry.delay * 2).min(LAST_RETRY));
+        tracing::error!(
+            retry_in_seconds = delay.as_secs(),
+            "cannot apply the state: {error:#}; mend that, it is tried again without a restart"
+        );
+        self.retry = Some(Retry { delay, at: Instant::now() + delay });
+    }
+
+    fn tick(&mut self) {
+        let result = self.sink.tick();
+        if let Err(error) = &result
+            && !self.tick_failed
+        {
+            tracing::warn!("housekeeping failed: {error:#}; it is tried again every second");
+        }
+        if result.is_ok() && self.tick_failed {
+            tracing::info!("housekeeping works again");
+        }
+        self.tick_failed = result.is_err();
+    }
+}
+
+/// Whether there is still something that a problem can be solved of.
+fn exists(catalog: &Catalog, subject: &Subject) -> bool {
+    match subject {
+        Subject::Object(ObjectId::Service(name)) => catalog.service(name).is_some(),
+        Subject::Object(ObjectId::EndpointSlice(name)) => catalog.slice(name).is_some(),
+        Subject::Object(ObjectId::Node(name)) => catalog.nodes().any(|node| node.name == *name),
+        Subject::File(path) => path.exists(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        collections::VecDeque,
+        future::pending,
+        sync::{Arc, Mutex},
+    };
+
+    use super::*;
+    use crate::model::{
+        NodeName, Object,
+        testing::{mk_endpoint, mk_service, mk_slice},
+    };
+
+    /// Fails as often as it is told, and remembers when it was asked for what.
+    #[derive(Clone, Default)]
+    struct Recorder(Arc<Mutex<Recorded>>);
+
+    #[derive(Default)]
+    struct Recorded {
+        failures: VecDeque<bool>,
+        /// Seconds since the start, how many addresses, and whether it worked.
+        applied: Vec<(u64, usize, bool)>,
+        ticks: usize,
+        start: Option<Instant>,
+    }
+
+    impl Sink for Recorder {
+        fn apply(&mut self, snapshot: Snapshot<'_>) -> anyhow::Result<()> {
+            let mut recorded = self.0.lock().unwrap();
+            let start = *recorded.start.get_or_insert_with(Instant::now);
+            let fails = recorded.failures.pop_front().unwrap_or(false);
+            recorded.applied.push((start.elapsed().as_secs(), snapshot.desired.services.len(), !fails));
+            anyhow::ensure!(!fails, "no");
+            Ok(())
+        }
+
+        fn tick(&mut self) -> anyhow::Result<()> {
+            self.0.lock().unwrap().ticks += 1;
+            Ok(())
+        }
+    }
+
+    fn settings() -> Settings {
+        Settings::new(NodeName::new("node1"))
+    }
+
+    fn batch(objects: impl IntoIterator<Item = Object>) -> Batch {
+        Batch { events: objects.into_iter().map(Event::Apply).collect(), problems: Vec::new() }
+    }
+
+    fn web() -> Batch {
+        batch([
+            mk_service("web", ["10.0.0.55"]).into(),
+            mk_slice("web-1", "web", [mk_endpoint("11.0.2.2", "node1")]).into(),
+        ])
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nothing_is_applied_before_the_first_whole_list() {
+        let recorder = Recorder::default();
+        let (batches, receiver) = mpsc::channel(1);
+        let mut sink = recorder.clone();
+        let shutdown = async {
+            tokio::time::sleep(Duration::from_secs(10)).await;
+            "test"
+        };
+        Agent::new(&mut sink, settings()).run(receiver, Until::Signalled, shutdown).await.unwrap();
+        drop(batches);
+        let recorded = recorder.0.lock().unwrap();
+        assert_eq!(recorded.applied, []);
+        assert!(recorded.ticks >= 10, "{} ticks", recorded.ticks);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_failed_is_tried_again_ever_more_slowly_and_the_same_state_is_not_applied_twice() {
+        let recorder = Recorder::default();
+        recorder.0.lock().unwrap().failures = [true; 9].into();
+        let (batches, receiver) = mpsc::channel(1);
+        batches.send(web()).await.unwrap();
+        let mut sink = recorder.clone();
+        let shutdown = async {
+            tokio::time::sleep(Duration::from_secs(1000)).await;
+            "test"
+        };
+        Agent::new(&mut sink, settings()).run(receiver, Until::Signalled, shutdown).await.unwrap();
+        let applied = recorder.0.lock().unwrap().applied.clone();
+        let times: Vec<_> = applied.iter().map(|(at, ..)| *at).collect();
+        assert_eq!(times, [0, 1, 3, 7, 15, 31, 63, 123, 183, 243]);
+        assert!(applied.iter().all(|(_, services, _)| *services == 1));
+        assert_eq!(applied.iter().filter(|(.., worked)| *worked).count(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_change_does_not_wait_for_the_next_attempt() {
+        let recorder = Recorder::default();
+        recorder.0.lock().unwrap().failures = [true; 6].into();
+        let (batches, receiver) = mpsc::channel(1);
+        let mut sink = recorder.clone();
+        let shutdown = async {
+            batches.send(web()).await.unwrap();
+            tokio::time::sleep(Duration::from_secs(20)).await;
+            batches.send(batch([mk_service("mail", ["10.0.0.56"]).into()])).await.unwrap();
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            "test"
+        };
+        Agent::new(&mut sink, settings()).run(receiver, Until::Signalled, shutdown).await.unwrap();
+        let applied = recorder.0.lock().unwrap().applied.clone();
+        assert_eq!(applied.last(), Some(&(20, 2, false)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn once_ends_after_the_first_apply_and_fails_if_that_fails() {
+        for fails in [false, true] {
+            let recorder = Recorder::default();
+            recorder.0.lock().unwrap().failures.push_back(fails);
+            let (batches, receiver) = mpsc::channel(1);
+            batches.send(web()).await.unwrap();
+            let mut sink = recorder.clone();
+            let result = Agent::new(&mut sink, settings()).run(receiver, Until::FirstApply, pending()).await;
+            assert_eq!(result.is_err(), fails);
+            assert_eq!(recorder.0.lock().unwrap().applied.len(), 1);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_source_that_ends_is_an_error() {
+        let (batches, receiver) = mpsc::channel(1);
+        drop(batches);
+        let mut sink = Recorder::default();
+        let result = Agent::new(&mut sink, settings()).run(receiver, Until::Signalled, pending()).await;
+        assert!(result.unwrap_err().to_string().starts_with("the source has ended"));
+    }
+}

@@ -1,0 +1,282 @@
+//! The command line: `proxier <source> [flags] <sink> [flags]`, read as the data flows. Only parses and starts; what
+//! the words mean is `app`'s and the modules' business.
+
+use std::{
+    env,
+    ffi::OsString,
+    io::{self, Write as _},
+    path::PathBuf,
+    process::ExitCode,
+};
+
+use anyhow::Context as _;
+use clap::{Args, CommandFactory as _, Parser, Subcommand, builder::BoolishValueParser};
+use ipnet::IpNet;
+
+use crate::{
+    app::{self, Until},
+    desired::{NoBackend, Settings},
+    model::NodeName,
+    observe::{
+        log::{self, LogFormat},
+        table::{self, Output, TableRow},
+    },
+    sink::{
+        bpf::{self, AttachMode, BpfSink, inspect},
+        json::JsonSink,
+    },
+    source::{directory::Directory, file},
+};
+
+/// Delivers every port and every protocol of a Service's external addresses to a pod on this node.
+#[derive(Debug, Parser)]
+#[command(name = "proxier", version, disable_help_subcommand = true)]
+struct Cli {
+    /// How log lines are written, on the standard error
+    #[arg(
+        long,
+        global = true,
+        env = "PROXIER_LOG_FORMAT",
+        value_enum,
+        default_value_t,
+        help_heading = "Logging"
+    )]
+    log_format: LogFormat,
+    /// What is logged: error, warn, info, debug, trace, or levels by module (info,proxier::source=debug)
+    #[arg(
+        long,
+        global = true,
+        env = "PROXIER_LOG_LEVEL",
+        value_name = "FILTER",
+        default_value = "info",
+        help_heading = "Logging"
+    )]
+    log_level: String,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Take Services, EndpointSlices and Nodes from Kubernetes manifests, and follow their changes
+    File(FileArgs),
+    /// Detach the programs from all interfaces and remove the pinned maps
+    Cleanup(PinArgs),
+    /// Show what the kernel has; needs no running agent
+    Get {
+        #[command(subcommand)]
+        what: GetCommand,
+    },
+    /// Print the version
+    Version,
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Debug, Args)]
+struct FileArgs {
+    /// A directory (its *.yaml, *.yml and *.json; not its sub-directories) or a file
+    #[arg(long, env = "PROXIER_INPUT", value_name = "DIR|FILE")]
+    input: PathBuf,
+    /// Take Services whose label service.kubernetes.io/service-proxy-name has this value [default: any value]
+    #[arg(long, env = "PROXIER_SERVICE_PROXY_NAME", value_name = "NAME")]
+    service_proxy_name: Option<String>,
+    /// This node's name, as EndpointSlices write it [default: the host's name]
+    #[arg(long, env = "NODE_NAME", value_name = "NAME")]
+    node_name: Option<String>,
+    #[command(subcommand)]
+    sink: SinkCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum SinkCommand {
+    /// Program the kernel
+    ToBpf(ToBpfArgs),
+    /// Print the whole state at every change, one JSON object per Service per line, in kpng-json's shape
+    ToJson(ToJsonArgs),
+}
+
+#[derive(Debug, Args)]
+struct ToBpfArgs {
+    /// An interface towards clients; repeatable [default: every interface that carries a default route]
+    #[arg(long = "uplink", env = "PROXIER_UPLINK", value_name = "INTERFACE", value_delimiter = ',')]
+    uplinks: Vec<String>,
+    #[command(flatten)]
+    pin: PinArgs,
+    /// How to attach to interfaces
+    #[arg(long, env = "PROXIER_ATTACH", value_enum, default_value_t)]
+    attach: AttachMode,
+    /// What to do with packets for a Service that has no pod on this node
+    #[arg(long, env = "PROXIER_NO_BACKEND", value_enum, default_value_t)]
+    no_backend: NoBackend,
+    #[command(flatten)]
+    externals: ExternalArgs,
+}
+
+#[derive(Debug, Args)]
+struct ToJsonArgs {
+    /// Print once and end
+    #[arg(long, env = "PROXIER_ONCE", value_parser = BoolishValueParser::new())]
+    once: bool,
+    /// Print on many lines, for people
+    #[arg(long, env = "PROXIER_PRETTY", value_parser = BoolishValueParser::new())]
+    pretty: bool,
+    #[command(flatten)]
+    externals: ExternalArgs,
+}
+
+/// Which external addresses count.
+#[derive(Debug, Args)]
+struct ExternalArgs {
+    /// Take external addresses inside this range only; repeatable [default: any]
+    #[arg(long = "external-cidr", env = "PROXIER_EXTERNAL_CIDR", value_name = "CIDR", value_delimiter = ',')]
+    external_cidrs: Vec<IpNet>,
+    /// Leave spec.externalIPs alone
+    #[arg(long, env = "PROXIER_NO_EXTERNAL_IPS", value_parser = BoolishValueParser::new())]
+    no_external_ips: bool,
+    /// Leave status.loadBalancer.ingress alone
+    #[arg(long, env = "PROXIER_NO_LOAD_BALANCER_IPS", value_parser = BoolishValueParser::new())]
+    no_load_balancer_ips: bool,
+}
+
+#[derive(Debug, Args)]
+struct PinArgs {
+    /// Where maps and links are pinned: a directory on a bpffs
+    #[arg(long, env = "PROXIER_PIN_PATH", value_name = "DIR", default_value = bpf::DEFAULT_PIN_PATH)]
+    pin_path: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+enum GetCommand {
+    /// External addresses
+    #[command(visible_alias = "service")]
+    Services(GetArgs),
+    /// Pods on this node
+    #[command(visible_alias = "endpoint")]
+    Endpoints(GetArgs),
+    /// Conversations of pods through external addresses
+    #[command(visible_alias = "flow")]
+    Flows(GetArgs),
+}
+
+#[derive(Debug, Args)]
+struct GetArgs {
+    /// How to print
+    #[arg(short, long, env = "PROXIER_OUTPUT", value_enum, default_value_t)]
+    output: Output,
+    #[command(flatten)]
+    pin: PinArgs,
+}
+
+/// Runs the command that the process was started with. 0: done, 1: failed, 2: not understood.
+#[must_use]
+pub fn main() -> ExitCode {
+    run(env::args_os())
+}
+
+fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Nothing can be done if not even this can be printed.
+            let _ = error.print();
+            return if error.use_stderr() { ExitCode::from(2) } else { ExitCode::SUCCESS };
+        }
+    };
+    let result = log::init(cli.log_format, &cli.log_level).and_then(|()| execute(cli.command));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("proxier: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn execute(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::File(arguments) => file(arguments),
+        Command::Cleanup(pin) => {
+            let removed = bpf::cleanup(&pin.pin_path)?;
+            print(&removed.iter().map(|line| format!("{line}\n")).collect::<String>())
+        }
+        Command::Get { what } => match what {
+            GetCommand::Services(arguments) => list(&inspect::services(&arguments.pin.pin_path)?, &arguments),
+            GetCommand::Endpoints(arguments) => {
+                list(&inspect::endpoints(&arguments.pin.pin_path)?, &arguments)
+            }
+            GetCommand::Flows(arguments) => list(&inspect::flows(&arguments.pin.pin_path)?, &arguments),
+        },
+        Command::Version => print(&format!("proxier {}\n", env!("CARGO_PKG_VERSION"))),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "proxier", &mut script);
+            print(&String::from_utf8_lossy(&script))
+        }
+    }
+}
+
+fn list<R: TableRow>(rows: &[R], arguments: &GetArgs) -> anyhow::Result<()> {
+    print(&table::render(rows, arguments.output)?)
+}
+
+/// `println!` panics when the reader has gone: `proxier get flows | head` is no crash.
+fn print(text: &str) -> anyhow::Result<()> {
+    match io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(error).context("cannot write to the standard output")
+        }
+        _ => Ok(()),
+    }
+}
+
+fn file(arguments: FileArgs) -> anyhow::Result<()> {
+    let node = node_name(arguments.node_name)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    // Both before anything is read or changed: whoever made a mistake on the command line is waiting to be told.
+    let directory = Directory::open(arguments.input, arguments.service_proxy_name)?;
+    match arguments.sink {
+        SinkCommand::ToBpf(sink) => runtime.block_on(async {
+            let settings = Settings { no_backend: sink.no_backend, ..settings(node, sink.externals) };
+            let options =
+                bpf::Options { uplinks: sink.uplinks, pin_path: sink.pin.pin_path, attach: sink.attach };
+            let mut bpf = BpfSink::open(options)?;
+            app::run(file::spawn(directory)?, &mut bpf, settings, Until::Signalled).await
+        }),
+        SinkCommand::ToJson(sink) => runtime.block_on(async {
+            // Whoever reads the lines gets the source ranges as well.
+            let settings = Settings { source_ranges: true, ..settings(node.clone(), sink.externals) };
+            let mut json = JsonSink::new(Box::new(io::stdout()), node, sink.pretty);
+            let until = if sink.once { Until::FirstApply } else { Until::Signalled };
+            app::run(file::spawn(directory)?, &mut json, settings, until).await
+        }),
+    }
+}
+
+fn settings(node: NodeName, externals: ExternalArgs) -> Settings {
+    Settings {
+        external_cidrs: externals.external_cidrs,
+        external_ips: !externals.no_external_ips,
+        load_balancer_ips: !externals.no_load_balancer_ips,
+        ..Settings::new(node)
+    }
+}
+
+/// The name given, or the host's in lower case, which is what kubelet registers.
+fn node_name(given: Option<String>) -> anyhow::Result<NodeName> {
+    if let Some(name) = given.filter(|name| !name.is_empty()) {
+        return Ok(NodeName::new(name));
+    }
+    let host = nix::unistd::gethostname().context("cannot read the host's name: give --node-name")?;
+    Ok(NodeName::new(host.to_string_lossy().trim().to_lowercase()))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,86 @@
+use super::*;
+
+fn parse(line: &str) -> Cli {
+    Cli::try_parse_from(line.split_whitespace()).unwrap_or_else(|error| panic!("{line}: {error}"))
+}
+
+#[test]
+fn the_grammar_has_no_contradictions() {
+    Cli::command().debug_assert();
+}
+
+#[test]
+fn source_and_sink_are_read_with_their_flags() {
+    let cli = parse(
+        "proxier file --input /m --service-proxy-name p --node-name n to-bpf --uplink eth0 --uplink eth1,eth2 \
+         --pin-path /p --attach clsact --external-cidr 10.0.0.0/8 --external-cidr 1000::/16 --no-backend pass \
+         --log-format json",
+    );
+    assert_eq!(cli.log_format, LogFormat::Json);
+    let Command::File(file) = cli.command else { panic!("{cli:?}", cli = cli.command) };
+    assert_eq!(file.input, PathBuf::from("/m"));
+    assert_eq!(file.service_proxy_name.as_deref(), Some("p"));
+    assert_eq!(file.node_name.as_deref(), Some("n"));
+    let SinkCommand::ToBpf(sink) = file.sink else { panic!("{:?}", file.sink) };
+    assert_eq!(sink.uplinks, ["eth0", "eth1", "eth2"]);
+    assert_eq!(sink.pin.pin_path, PathBuf::from("/p"));
+    assert_eq!(sink.attach, AttachMode::Clsact);
+    assert_eq!(sink.no_backend, NoBackend::Pass);
+    assert_eq!(sink.externals.external_cidrs.len(), 2);
+}
+
+#[test]
+fn without_flags_both_kinds_of_external_addresses_count_everywhere() {
+    let Command::File(file) = parse("proxier file --input /m to-bpf").command else { panic!() };
+    let SinkCommand::ToBpf(sink) = file.sink else { panic!() };
+    assert_eq!(sink.pin.pin_path, PathBuf::from("/sys/fs/bpf/proxier"));
+    assert_eq!(sink.no_backend, NoBackend::Drop);
+    let settings = settings(NodeName::new("n"), sink.externals);
+    assert!(settings.external_ips && settings.load_balancer_ips && settings.external_cidrs.is_empty());
+}
+
+#[test]
+fn every_flag_can_come_from_the_environment() {
+    fn visit(command: &clap::Command, path: &str) {
+        for argument in command.get_arguments().filter(|argument| argument.get_long().is_some()) {
+            let long = argument.get_long().unwrap();
+            if matches!(long, "help" | "version") {
+                continue;
+            }
+            let expected = match long {
+                "node-name" => "NODE_NAME".to_owned(),
+                long => format!("PROXIER_{}", long.replace('-', "_").to_uppercase()),
+            };
+            let name = argument.get_env().map(|name| name.to_string_lossy().into_owned());
+            assert_eq!(name, Some(expected), "{path} --{long}");
+        }
+        for sub in command.get_subcommands() {
+            visit(sub, &format!("{path} {}", sub.get_name()));
+        }
+    }
+    visit(&Cli::command(), "proxier");
+}
+
+#[test]
+fn what_is_not_understood_is_a_usage_error() {
+    for line in [
+        "proxier",
+        "proxier file to-json",
+        "proxier file --input /m",
+        "proxier file --input /m to-bpf --no-backend maybe",
+        "proxier file --input /m to-bpf --external-cidr 10.0.0.300/8",
+        "proxier get pods",
+        "proxier kube to-bpf",
+    ] {
+        let error = Cli::try_parse_from(line.split_whitespace()).unwrap_err();
+        assert_eq!(error.exit_code(), 2, "{line}");
+    }
+}
+
+#[test]
+fn the_hosts_name_stands_in_for_the_nodes() {
+    assert_eq!(node_name(Some("Node1".to_owned())).unwrap().as_str(), "Node1");
+    let host = node_name(Some(String::new())).unwrap();
+    assert_eq!(host.as_str(), host.as_str().to_lowercase());
+    assert!(!host.as_str().is_empty());
+}

@@ -1,0 +1,204 @@
+//! What this node should have: external addresses, each with the pods on this node that may answer for it.
+//!
+//! Pure: a function of the catalog, the node and the settings. Not for how the kernel's tables say it: that is
+//! `delta` and `sink::bpf`.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use ipnet::IpNet;
+
+use crate::{
+    catalog::Catalog,
+    model::{Family, NodeName, ObjectId, ObjectName, Problem, Service, ServiceType, Severity, Subject},
+};
+
+pub mod ownership;
+pub mod select;
+
+/// One Service in one address family: what shares backends, sessions and an id in the kernel.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ServiceKey {
+    /// The Service's namespace and name.
+    pub service: ObjectName,
+    /// The family of its external addresses and pods.
+    pub family: Family,
+}
+
+/// What a node does with packets for a Service that has no pod on it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum NoBackend {
+    /// Drop and count them, as `externalTrafficPolicy: Local` does.
+    #[default]
+    Drop,
+    /// Leave them to the rest of the node.
+    Pass,
+}
+
+/// What the kernel should do for one [`ServiceKey`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DesiredService {
+    /// The external addresses that this Service owns. All of the key's family.
+    pub externals: BTreeSet<IpAddr>,
+    /// Addresses of the pods on this node. All of the key's family. May be empty.
+    pub pods: BTreeSet<IpAddr>,
+    /// How long an idle client keeps its pod, in seconds.
+    pub affinity_timeout: u32,
+    /// What happens without pods.
+    pub no_backend: NoBackend,
+}
+
+/// What the kernel should have.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Desired {
+    /// By Service and family. A Service without external address of a family is not there.
+    pub services: BTreeMap<ServiceKey, DesiredService>,
+}
+
+/// What the command line says about it.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// This node's name, as EndpointSlices write it.
+    pub node: NodeName,
+    /// What happens to packets for a Service without pods here.
+    pub no_backend: NoBackend,
+    /// Where external addresses may lie; anywhere if there is none.
+    pub external_cidrs: Vec<IpNet>,
+    /// Whether `spec.externalIPs` count.
+    pub external_ips: bool,
+    /// Whether `status.loadBalancer.ingress` counts.
+    pub load_balancer_ips: bool,
+    /// Whether the sink enforces `spec.loadBalancerSourceRanges`, or passes them on to something that does.
+    pub source_ranges: bool,
+}
+
+impl Settings {
+    /// Everything as the command line has it without flags.
+    #[must_use]
+    pub const fn new(node: NodeName) -> Self {
+        Self {
+            node,
+            no_backend: NoBackend::Drop,
+            external_cidrs: Vec::new(),
+            external_ips: true,
+            load_balancer_ips: true,
+            source_ranges: false,
+        }
+    }
+}
+
+/// An annotation of a Service: how clients are spread over its pods.
+const BALANCE_ANNOTATION: &str = "proxier.io/balance";
+
+/// Works out what this node should have, and what of it cannot be.
+///
+/// The result depends on the objects in the catalog only, not on the order in which they came.
+#[must_use]
+pub fn compute(catalog: &Catalog, settings: &Settings) -> (Desired, Vec<Problem>) {
+    let mut problems = Vec::new();
+    let mut claims = Vec::new();
+    for service in catalog.services() {
+        if may_be_served(service, settings, &mut problems) {
+            claims.extend(ownership::claims(service, settings, &mut problems));
+        }
+    }
+    let owned = ownership::settle(claims, catalog, settings, &mut problems);
+
+    let mut desired = Desired::default();
+    for (service, externals) in owned {
+        for family in Family::ALL {
+            let externals: BTreeSet<_> =
+                externals.iter().copied().filter(|address| Family::of(*address) == family).collect();
+            if externals.is_empty() {
+                continue;
+            }
+            let pods = select::local_pods(catalog, &service.name, family, &settings.node);
+            if pods.is_empty() {
+                problems.extend(wrong_family(catalog, service, family, &externals));
+            }
+            desired.services.insert(
+                ServiceKey { service: service.name.clone(), family },
+                DesiredService {
+                    externals,
+                    pods,
+                    affinity_timeout: service.affinity_timeout(),
+                    no_backend: settings.no_backend,
+                },
+            );
+        }
+    }
+    problems.sort();
+    (desired, problems)
+}
+
+/// Whether proxier can do what the Service asks for. What it cannot do must not be left out silently.
+fn may_be_served(service: &Service, settings: &Settings, problems: &mut Vec<Problem>) -> bool {
+    let subject = || Subject::Object(ObjectId::Service(service.name.clone()));
+    if service.service_type == ServiceType::ExternalName {
+        problems.push(
+            Problem::new(
+                Severity::Warning,
+                subject(),
+                "is a DNS alias without pods: none of its addresses is taken",
+                "give it another type",
+            )
+            .in_field("spec.type", service.service_type.to_string()),
+        );
+        return false;
+    }
+    if let Some(balance) = service.annotations.get(BALANCE_ANNOTATION).filter(|balance| *balance != "client")
+    {
+        problems.push(
+            Problem::new(
+                Severity::Warning,
+                subject(),
+                "is not supported by this version: a client stays on its pod",
+                "take the annotation away, or leave it for a later version",
+            )
+            .in_field(format!("metadata.annotations[{BALANCE_ANNOTATION}]"), balance),
+        );
+    }
+    if service.has_source_ranges && !settings.source_ranges {
+        // Serving it all the same would open to everybody what its owner meant to restrict.
+        problems.push(
+            Problem::new(
+                Severity::Warning,
+                subject(),
+                "cannot be enforced by this version: none of its addresses is taken",
+                "take the ranges away and restrict clients by a NetworkPolicy or firewall instead",
+            )
+            .in_field("spec.loadBalancerSourceRanges", ""),
+        );
+        return false;
+    }
+    true
+}
+
+/// If the Service has pods, but of the other family alone, says so: the usual cause is a single-stack Service.
+fn wrong_family(
+    catalog: &Catalog,
+    service: &Service,
+    family: Family,
+    externals: &BTreeSet<IpAddr>,
+) -> Option<Problem> {
+    let mut slices = catalog.slices_of(&service.name).filter(|slice| !slice.endpoints.is_empty()).peekable();
+    let other = slices.peek()?.family;
+    if slices.any(|slice| slice.family == family) {
+        return None;
+    }
+    let addresses: Vec<_> = externals.iter().map(ToString::to_string).collect();
+    Some(
+        Problem::new(
+            Severity::Warning,
+            Subject::Object(ObjectId::Service(service.name.clone())),
+            format!("has no pod to go to: the Service's pods have {other} addresses only"),
+            format!("set spec.ipFamilyPolicy to PreferDualStack, or take the {family} address away"),
+        )
+        .in_field(format!("the external {family} address"), addresses.join(", ")),
+    )
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,155 @@
+//! What is wrong with something that a user wrote, said so that the user can mend it: the object, the field and its
+//! value, the reason, the next step. Not for failures of the machine: those are errors.
+
+use std::{fmt, path::PathBuf};
+
+use super::ObjectId;
+
+/// How much it matters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Severity {
+    /// A whole file is not in force.
+    Error,
+    /// A part of an object is not in force.
+    Warning,
+    /// Nothing is wrong, but somebody may wonder.
+    Info,
+}
+
+/// What a problem is about.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Subject {
+    /// An object, wherever it came from.
+    Object(ObjectId),
+    /// A file or directory.
+    File(PathBuf),
+}
+
+impl fmt::Display for Subject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Object(object) => write!(f, "{object}"),
+            Self::File(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+/// A position in a file.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Place {
+    /// The file.
+    pub file: PathBuf,
+    /// From 1.
+    pub line: u64,
+    /// From 1, in characters.
+    pub column: u64,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}:{}", self.file.display(), self.line, self.column)
+    }
+}
+
+/// Something that a user should know.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Problem {
+    /// How much it matters.
+    pub severity: Severity,
+    /// What it is about.
+    pub subject: Subject,
+    /// The field's path within the object (`spec.externalIPs[1]`); empty if it is about the whole.
+    pub field: String,
+    /// The field's value; empty if that says nothing.
+    pub value: String,
+    /// What is wrong; continues a sentence that began with the field and its value.
+    pub reason: String,
+    /// What to do about it.
+    pub next_step: String,
+    /// Where it was written, if that is known.
+    pub place: Option<Place>,
+}
+
+impl Problem {
+    /// A problem with a whole object or file.
+    #[must_use]
+    pub fn new(
+        severity: Severity,
+        subject: Subject,
+        reason: impl Into<String>,
+        next_step: impl Into<String>,
+    ) -> Self {
+        Self {
+            severity,
+            subject,
+            field: String::new(),
+            value: String::new(),
+            reason: reason.into(),
+            next_step: next_step.into(),
+            place: None,
+        }
+    }
+
+    /// The same, about one field.
+    #[must_use]
+    pub fn in_field(mut self, field: impl Into<String>, value: impl Into<String>) -> Self {
+        self.field = field.into();
+        self.value = value.into();
+        self
+    }
+
+    /// The same, with the position.
+    #[must_use]
+    pub fn at(mut self, place: Place) -> Self {
+        self.place = Some(place);
+        self
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.place, &self.subject) {
+            (Some(place), Subject::File(file)) if place.file == *file => write!(f, "{place}: ")?,
+            (Some(place), subject) => write!(f, "{place}: {subject}: ")?,
+            (None, subject) => write!(f, "{subject}: ")?,
+        }
+        if !self.field.is_empty() {
+            write!(f, "{} ", self.field)?;
+        }
+        if !self.value.is_empty() {
+            write!(f, "{:?} ", self.value)?;
+        }
+        write!(f, "{}; {}", self.reason, self.next_step)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::ObjectName;
+
+    #[test]
+    fn a_problem_names_place_object_field_value_reason_and_next_step() {
+        let web = ObjectName { namespace: "default".to_owned(), name: "web".to_owned() };
+        let problem = Problem::new(
+            Severity::Warning,
+            Subject::Object(ObjectId::Service(web)),
+            "is not an IP address",
+            "write one",
+        )
+        .in_field("spec.externalIPs[1]", "10.0.0.555")
+        .at(Place { file: "a/web.yaml".into(), line: 3, column: 1 });
+        assert_eq!(
+            problem.to_string(),
+            "a/web.yaml:3:1: Service default/web: spec.externalIPs[1] \"10.0.0.555\" is not an IP address; write one"
+        );
+    }
+
+    #[test]
+    fn a_problem_with_a_file_names_the_file_once() {
+        let file = PathBuf::from("a/web.yaml");
+        let problem = Problem::new(Severity::Error, Subject::File(file.clone()), "has a tab", "take it out")
+            .at(Place { file, line: 2, column: 9 });
+        assert_eq!(problem.to_string(), "a/web.yaml:2:9: has a tab; take it out");
+    }
+}

@@ -1,0 +1,235 @@
+//! A Service: whose external addresses proxier takes over.
+
+use std::{collections::BTreeMap, fmt, net::IpAddr};
+
+use ipnet::IpNet;
+
+use super::ObjectName;
+
+/// A Service, reduced to what proxier needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// Namespace and name.
+    pub name: ObjectName,
+    /// `metadata.uid`; empty where a manifest has none.
+    pub uid: String,
+    /// `metadata.creationTimestamp`; none where a manifest has none.
+    pub created: Option<CreationTime>,
+    /// `metadata.labels`.
+    pub labels: BTreeMap<String, String>,
+    /// `metadata.annotations`.
+    pub annotations: BTreeMap<String, String>,
+    /// `spec.type`.
+    pub service_type: ServiceType,
+    /// `spec.clusterIPs`, without `None`.
+    pub cluster_ips: Vec<IpAddr>,
+    /// Whether `spec.clusterIP` is `None`.
+    pub headless: bool,
+    /// `spec.externalIPs`.
+    pub external_ips: Vec<IpAddr>,
+    /// `status.loadBalancer.ingress`, those with an address.
+    pub load_balancer_ingress: Vec<LoadBalancerIngress>,
+    /// `spec.ports`. Shown to people and passed on; which traffic is taken does not depend on them.
+    pub ports: Vec<ServicePort>,
+    /// `spec.sessionAffinity`.
+    pub session_affinity: SessionAffinity,
+    /// `spec.externalTrafficPolicy`.
+    pub external_traffic_policy: TrafficPolicy,
+    /// `spec.internalTrafficPolicy`.
+    pub internal_traffic_policy: TrafficPolicy,
+    /// `spec.loadBalancerSourceRanges`, those that parse.
+    pub source_ranges: Vec<IpNet>,
+    /// Whether `spec.loadBalancerSourceRanges` names anything, be it only ranges that do not parse: without this, a
+    /// typing mistake would open the Service to everybody.
+    pub has_source_ranges: bool,
+    /// `spec.selector`.
+    pub selector: BTreeMap<String, String>,
+    /// `spec.publishNotReadyAddresses`. The EndpointSlices say the same by `ready: true`.
+    pub publish_not_ready_addresses: bool,
+    /// `spec.healthCheckNodePort`.
+    pub health_check_node_port: Option<u16>,
+}
+
+/// When an object was created, in seconds since 1970 (the API's resolution).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct CreationTime(pub i64);
+
+/// `spec.type`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ServiceType {
+    /// The API's default.
+    #[default]
+    ClusterIp,
+    /// A port on every node as well.
+    NodePort,
+    /// A load balancer in front as well.
+    LoadBalancer,
+    /// A DNS alias. Has neither addresses nor endpoints.
+    ExternalName,
+}
+
+impl fmt::Display for ServiceType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ClusterIp => "ClusterIP",
+            Self::NodePort => "NodePort",
+            Self::LoadBalancer => "LoadBalancer",
+            Self::ExternalName => "ExternalName",
+        })
+    }
+}
+
+/// An entry of `status.loadBalancer.ingress`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoadBalancerIngress {
+    /// The load balancer's address.
+    pub address: IpAddr,
+    /// Who is behind it.
+    pub mode: IpMode,
+}
+
+/// `status.loadBalancer.ingress[].ipMode` (KEP-1860).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum IpMode {
+    /// Packets arrive at the node with the load balancer's address as their destination.
+    #[default]
+    Vip,
+    /// The load balancer is a proxy: packets arrive with the node's or the pod's address.
+    Proxy,
+}
+
+/// An entry of `spec.ports`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServicePort {
+    /// May be empty if there is one only.
+    pub name: String,
+    /// Transport protocol.
+    pub protocol: Protocol,
+    /// The Service's port.
+    pub port: u16,
+    /// The port on every node, if there is one.
+    pub node_port: Option<u16>,
+    /// The pods' port.
+    pub target_port: TargetPort,
+}
+
+/// `spec.ports[].targetPort`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TargetPort {
+    /// By number.
+    Number(u16),
+    /// By the name of a container's port.
+    Name(String),
+}
+
+/// A transport protocol that a Service's port can have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Protocol {
+    /// The API's default.
+    #[default]
+    Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP.
+    Sctp,
+}
+
+/// `spec.sessionAffinity`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SessionAffinity {
+    /// `None`.
+    #[default]
+    None,
+    /// `ClientIP`.
+    ClientIp {
+        /// How long an idle client keeps its pod.
+        timeout_seconds: u32,
+    },
+}
+
+/// What `sessionAffinityConfig.clientIP.timeoutSeconds` is where nothing is said: three hours, as the API server fills
+/// in.
+pub const DEFAULT_AFFINITY_TIMEOUT_SECONDS: u32 = 10_800;
+
+/// Which pods traffic may go to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TrafficPolicy {
+    /// Pods of every node.
+    #[default]
+    Cluster,
+    /// Pods of the same node.
+    Local,
+}
+
+impl Service {
+    /// A Service of the API's default type, without addresses.
+    #[must_use]
+    pub const fn new(name: ObjectName) -> Self {
+        Self {
+            name,
+            uid: String::new(),
+            created: None,
+            labels: BTreeMap::new(),
+            annotations: BTreeMap::new(),
+            service_type: ServiceType::ClusterIp,
+            cluster_ips: Vec::new(),
+            headless: false,
+            external_ips: Vec::new(),
+            load_balancer_ingress: Vec::new(),
+            ports: Vec::new(),
+            session_affinity: SessionAffinity::None,
+            external_traffic_policy: TrafficPolicy::Cluster,
+            internal_traffic_policy: TrafficPolicy::Cluster,
+            source_ranges: Vec::new(),
+            has_source_ranges: false,
+            selector: BTreeMap::new(),
+            publish_not_ready_addresses: false,
+            health_check_node_port: None,
+        }
+    }
+
+    /// Addresses at which the load balancer leaves packets as they are: not those where it is a proxy.
+    pub fn load_balancer_ips(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        self.load_balancer_ingress
+            .iter()
+            .filter(|ingress| ingress.mode == IpMode::Vip)
+            .map(|ingress| ingress.address)
+    }
+
+    /// How long an idle client keeps its pod, in seconds.
+    ///
+    /// Clients always keep their pod for a while (protocols like FTP and SIP span several flows); the Service only
+    /// says for how long.
+    #[must_use]
+    pub const fn affinity_timeout(&self) -> u32 {
+        match self.session_affinity {
+            SessionAffinity::None => DEFAULT_AFFINITY_TIMEOUT_SECONDS,
+            SessionAffinity::ClientIp { timeout_seconds } => timeout_seconds,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_load_balancer_that_is_a_proxy_has_no_address_of_the_service() {
+        let mut service =
+            Service::new(ObjectName { namespace: "default".to_owned(), name: "media".to_owned() });
+        service.load_balancer_ingress = vec![
+            LoadBalancerIngress { address: "10.0.0.77".parse().unwrap(), mode: IpMode::Vip },
+            LoadBalancerIngress { address: "10.0.0.78".parse().unwrap(), mode: IpMode::Proxy },
+        ];
+        assert_eq!(service.load_balancer_ips().collect::<Vec<_>>(), ["10.0.0.77".parse::<IpAddr>().unwrap()]);
+    }
+
+    #[test]
+    fn without_client_ip_affinity_a_client_keeps_its_pod_for_three_hours() {
+        let mut service =
+            Service::new(ObjectName { namespace: "default".to_owned(), name: "media".to_owned() });
+        assert_eq!(service.affinity_timeout(), 10_800);
+        service.session_affinity = SessionAffinity::ClientIp { timeout_seconds: 60 };
+        assert_eq!(service.affinity_timeout(), 60);
+    }
+}

@@ -1,0 +1,137 @@
+//! What changed for a Service, as a line in the log: on transitions only.
+
+use std::{collections::BTreeSet, net::IpAddr};
+
+use crate::desired::{Desired, DesiredService, ServiceKey};
+
+/// More changes at once than this are counted rather than told one by one.
+const MAX_LINES: usize = 100;
+
+/// What happened to a Service in one family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change<'a> {
+    /// It is there now.
+    Programmed(&'a ServiceKey, &'a DesiredService),
+    /// It was there already.
+    Changed(&'a ServiceKey, &'a DesiredService),
+    /// It is there, new or not, and the last pod on this node has gone, or there never was one.
+    WithoutPods(&'a ServiceKey, &'a DesiredService),
+    /// It has gone.
+    Withdrawn(&'a ServiceKey, &'a DesiredService),
+}
+
+/// What differs between two states.
+#[must_use]
+pub fn between<'a>(before: &'a Desired, after: &'a Desired) -> Vec<Change<'a>> {
+    let mut changes = Vec::new();
+    for (key, service) in &before.services {
+        if !after.services.contains_key(key) {
+            changes.push(Change::Withdrawn(key, service));
+        }
+    }
+    for (key, service) in &after.services {
+        match before.services.get(key) {
+            Some(known) if known == service => {}
+            Some(known) if service.pods.is_empty() && !known.pods.is_empty() => {
+                changes.push(Change::WithoutPods(key, service));
+            }
+            Some(_) => changes.push(Change::Changed(key, service)),
+            None if service.pods.is_empty() => changes.push(Change::WithoutPods(key, service)),
+            None => changes.push(Change::Programmed(key, service)),
+        }
+    }
+    changes
+}
+
+/// Writes the differences to the log.
+pub fn log(before: &Desired, after: &Desired) {
+    let changes = between(before, after);
+    if changes.len() > MAX_LINES {
+        tracing::info!(changes = changes.len(), "many Services changed; `proxier get services` shows them");
+        return;
+    }
+    for change in changes {
+        match change {
+            Change::Programmed(key, service) => line(key, service, "Service programmed"),
+            Change::Changed(key, service) => line(key, service, "Service changed"),
+            Change::WithoutPods(key, service) => line(key, service, "Service without local pods"),
+            Change::Withdrawn(key, service) => tracing::info!(
+                service = %key.service,
+                family = %key.family,
+                externals = list(&service.externals),
+                "Service withdrawn"
+            ),
+        }
+    }
+}
+
+fn line(key: &ServiceKey, service: &DesiredService, message: &str) {
+    tracing::info!(
+        service = %key.service,
+        family = %key.family,
+        externals = list(&service.externals),
+        pods = list(&service.pods),
+        "{message}"
+    );
+}
+
+fn list(addresses: &BTreeSet<IpAddr>) -> String {
+    addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        desired::NoBackend,
+        model::{Family, testing::mk_name},
+    };
+
+    fn state(services: &[(&str, &[&str])]) -> Desired {
+        Desired {
+            services: services
+                .iter()
+                .map(|(name, pods)| {
+                    let key = ServiceKey { service: mk_name(name), family: Family::V4 };
+                    let service = DesiredService {
+                        externals: BTreeSet::from(["10.0.0.55".parse().unwrap()]),
+                        pods: pods.iter().map(|pod| pod.parse().unwrap()).collect(),
+                        affinity_timeout: 1,
+                        no_backend: NoBackend::Drop,
+                    };
+                    (key, service)
+                })
+                .collect(),
+        }
+    }
+
+    fn kinds(before: &Desired, after: &Desired) -> Vec<&'static str> {
+        between(before, after)
+            .iter()
+            .map(|change| match change {
+                Change::Programmed(..) => "programmed",
+                Change::Changed(..) => "changed",
+                Change::WithoutPods(..) => "without pods",
+                Change::Withdrawn(..) => "withdrawn",
+            })
+            .collect()
+    }
+
+    #[test]
+    fn each_transition_has_its_name_and_the_same_state_has_none() {
+        let (none, one) = (state(&[]), state(&[("web", &["11.0.2.2"])]));
+        let (two, empty) = (state(&[("web", &["11.0.2.2", "11.0.2.3"])]), state(&[("web", &[])]));
+        for (before, after, expected) in [
+            (&none, &one, vec!["programmed"]),
+            (&one, &one, vec![]),
+            (&one, &two, vec!["changed"]),
+            (&two, &empty, vec!["without pods"]),
+            (&empty, &empty, vec![]),
+            (&empty, &one, vec!["changed"]),
+            (&none, &empty, vec!["without pods"]),
+            (&one, &none, vec!["withdrawn"]),
+        ] {
+            assert_eq!(kinds(before, after), expected);
+        }
+    }
+}

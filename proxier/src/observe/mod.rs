@@ -1,0 +1,6 @@
+//! What people see of the agent: its log, and the tables that commands print. Nothing here decides anything.
+
+pub mod changes;
+pub mod log;
+pub mod report;
+pub mod table;

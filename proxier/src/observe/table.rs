@@ -1,0 +1,196 @@
+//! Rows for people and for programs: `-o table|wide|json|yaml`. Where the rows come from is not known here.
+
+use std::net::IpAddr;
+
+use anyhow::Context as _;
+use comfy_table::{Table, presets};
+use serde::Serialize;
+
+use crate::sink::bpf::inspect::{EndpointRow, FlowRow, ServiceRow};
+
+/// How rows are printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Output {
+    /// Columns that fit a terminal.
+    #[default]
+    Table,
+    /// All columns.
+    Wide,
+    /// One JSON array.
+    Json,
+    /// One YAML list.
+    Yaml,
+}
+
+/// Something that is listed, one a line.
+pub trait TableRow: Serialize {
+    /// What it is called when there is none.
+    const PLURAL: &'static str;
+    /// Names of the columns; those from the second number on are for [`Output::Wide`] alone.
+    const COLUMNS: (&'static [&'static str], usize);
+
+    /// One cell a column.
+    fn cells(&self) -> Vec<String>;
+}
+
+/// The rows as text, ending with a newline.
+///
+/// # Errors
+///
+/// A row cannot be written as JSON or YAML.
+pub fn render<R: TableRow>(rows: &[R], output: Output) -> anyhow::Result<String> {
+    match output {
+        Output::Json => {
+            Ok(serde_json::to_string_pretty(rows).context("cannot write the rows as JSON")? + "\n")
+        }
+        Output::Yaml => serde_saphyr::to_string(&rows).context("cannot write the rows as YAML"),
+        Output::Table | Output::Wide if rows.is_empty() => Ok(format!("No {} found.\n", R::PLURAL)),
+        Output::Table => Ok(columns(rows, R::COLUMNS.1)),
+        Output::Wide => Ok(columns(rows, R::COLUMNS.0.len())),
+    }
+}
+
+/// Plain columns without borders, as kubectl prints them, so that awk and cut work.
+fn columns<R: TableRow>(rows: &[R], count: usize) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(&R::COLUMNS.0[..count]);
+    for row in rows {
+        let mut cells = row.cells();
+        cells.truncate(count);
+        table.add_row(cells);
+    }
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 3));
+    }
+    table.trim_fmt() + "\n"
+}
+
+/// `namespace/name`; `-` if the table of names has lost it.
+fn service(namespace: &str, name: &str) -> String {
+    if name.is_empty() { "-".to_owned() } else { format!("{namespace}/{name}") }
+}
+
+/// An address with a port, if it has one.
+fn socket(address: IpAddr, port: u16) -> String {
+    match (address, port) {
+        (_, 0) => address.to_string(),
+        (IpAddr::V4(_), _) => format!("{address}:{port}"),
+        (IpAddr::V6(_), _) => format!("[{address}]:{port}"),
+    }
+}
+
+fn dash_if_empty(text: &str) -> String {
+    if text.is_empty() { "-".to_owned() } else { text.to_owned() }
+}
+
+impl TableRow for ServiceRow {
+    const PLURAL: &'static str = "services";
+    const COLUMNS: (&'static [&'static str], usize) =
+        (&["SERVICE", "EXTERNAL", "PODS", "NO-BACKEND", "AFFINITY", "ID", "GENERATION"], 4);
+
+    fn cells(&self) -> Vec<String> {
+        vec![
+            service(&self.namespace, &self.name),
+            self.external.to_string(),
+            self.backends.to_string(),
+            self.no_backend.to_owned(),
+            format!("{}s", self.affinity_timeout),
+            self.service_id.to_string(),
+            self.generation.to_string(),
+        ]
+    }
+}
+
+impl TableRow for EndpointRow {
+    const PLURAL: &'static str = "endpoints";
+    const COLUMNS: (&'static [&'static str], usize) = (&["SERVICE", "POD", "ID", "GENERATION", "SLOT"], 2);
+
+    fn cells(&self) -> Vec<String> {
+        vec![
+            service(&self.namespace, &self.name),
+            self.pod.to_string(),
+            self.service_id.to_string(),
+            self.generation.to_string(),
+            self.slot.to_string(),
+        ]
+    }
+}
+
+impl TableRow for FlowRow {
+    const PLURAL: &'static str = "flows";
+    const COLUMNS: (&'static [&'static str], usize) =
+        (&["SERVICE", "PROTOCOL", "CLIENT", "EXTERNAL", "POD", "STATE", "IDLE"], 7);
+
+    fn cells(&self) -> Vec<String> {
+        vec![
+            service(&self.namespace, &self.name),
+            self.protocol.clone(),
+            socket(self.peer, self.peer_port),
+            self.external.to_string(),
+            socket(self.pod, self.pod_port),
+            dash_if_empty(self.state),
+            format!("{}s", self.idle_seconds),
+        ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rows() -> Vec<ServiceRow> {
+        [("default", "kpng-example", "10.0.0.55"), ("", "", "1000::55")]
+            .into_iter()
+            .map(|(namespace, name, external)| ServiceRow {
+                namespace: namespace.to_owned(),
+                name: name.to_owned(),
+                external: external.parse().unwrap(),
+                service_id: 7,
+                generation: 3,
+                backends: 2,
+                affinity_timeout: 10_800,
+                no_backend: "drop",
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_table_has_columns_without_borders() {
+        insta::assert_snapshot!(render(&rows(), Output::Table).unwrap(), @r"
+        SERVICE                EXTERNAL    PODS   NO-BACKEND
+        default/kpng-example   10.0.0.55   2      drop
+        -                      1000::55    2      drop
+        ");
+    }
+
+    #[test]
+    fn a_wide_table_has_more_columns() {
+        let text = render(&rows(), Output::Wide).unwrap();
+        let words: Vec<_> = text.lines().nth(1).unwrap().split_whitespace().collect();
+        assert_eq!(words, ["default/kpng-example", "10.0.0.55", "2", "drop", "10800s", "7", "3"]);
+    }
+
+    #[test]
+    fn json_and_yaml_hold_the_same() {
+        let json: serde_json::Value = serde_json::from_str(&render(&rows(), Output::Json).unwrap()).unwrap();
+        let yaml: serde_json::Value =
+            serde_saphyr::from_str(&render(&rows(), Output::Yaml).unwrap()).unwrap();
+        assert_eq!(json, yaml);
+        assert_eq!(json[0]["external"], "10.0.0.55");
+        assert_eq!(json[0]["serviceId"], 7);
+    }
+
+    #[test]
+    fn nothing_to_list_is_said_to_people_and_an_empty_list_to_programs() {
+        let none: [EndpointRow; 0] = [];
+        assert_eq!(render(&none, Output::Table).unwrap(), "No endpoints found.\n");
+        assert_eq!(render(&none, Output::Json).unwrap(), "[]\n");
+    }
+
+    #[test]
+    fn a_port_of_an_ipv6_address_can_be_told_from_the_address() {
+        assert_eq!(socket("1000::1".parse().unwrap(), 80), "[1000::1]:80");
+        assert_eq!(socket("10.0.0.1".parse().unwrap(), 80), "10.0.0.1:80");
+        assert_eq!(socket("10.0.0.1".parse().unwrap(), 0), "10.0.0.1");
+    }
+}

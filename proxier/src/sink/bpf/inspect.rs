@@ -1,0 +1,279 @@
+//! Reads the pinned maps for people: `proxier get`. Needs no agent.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    path::Path,
+};
+
+use anyhow::Context as _;
+use proxier_common::{
+    DropReason, Hook, SERVICE_PASS_WITHOUT_BACKEND, TCP_ESTABLISHED, TCP_REPLY_FIN, TCP_REQUEST_FIN,
+    timeout::{self, SECOND, protocol},
+};
+use serde::Serialize;
+
+use super::tables::Tables;
+use crate::{delta::decode_name, desired::ServiceKey};
+
+/// An external address, as the kernel has it.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServiceRow {
+    /// The Service's namespace; empty if the table of names has lost it.
+    pub namespace: String,
+    /// The Service's name; empty if the table of names has lost it.
+    pub name: String,
+    /// The external address.
+    pub external: IpAddr,
+    /// The Service's id in the kernel's tables.
+    pub service_id: u32,
+    /// The generation in force.
+    pub generation: u32,
+    /// How many pods it has here.
+    pub backends: u32,
+    /// Seconds an idle client keeps its pod.
+    pub affinity_timeout: u32,
+    /// What happens to packets without a pod: `drop` or `pass`.
+    pub no_backend: &'static str,
+}
+
+/// A pod of a Service, as the kernel has it.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EndpointRow {
+    /// The Service's namespace.
+    pub namespace: String,
+    /// The Service's name.
+    pub name: String,
+    /// The pod's address.
+    pub pod: IpAddr,
+    /// The Service's id in the kernel's tables.
+    pub service_id: u32,
+    /// The generation it belongs to.
+    pub generation: u32,
+    /// Its slot in that generation.
+    pub slot: u32,
+}
+
+/// A conversation of a pod through an external address.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FlowRow {
+    /// The Service's namespace.
+    pub namespace: String,
+    /// The Service's name.
+    pub name: String,
+    /// IP protocol, by name where it has one (`tcp`, `udp`, `sctp`, `gre`, `50`).
+    pub protocol: String,
+    /// The client's address.
+    pub peer: IpAddr,
+    /// The client's port; of ICMP and protocols without ports 0.
+    pub peer_port: u16,
+    /// The external address.
+    pub external: IpAddr,
+    /// The pod's address.
+    pub pod: IpAddr,
+    /// The pod's port; of an ICMP query its identifier; of protocols without ports 0.
+    pub pod_port: u16,
+    /// For TCP `opening`, `established`, `closing`, `closed`; else empty.
+    pub state: &'static str,
+    /// Seconds since the last packet.
+    pub idle_seconds: u64,
+}
+
+/// Packets dropped at one place for one reason.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DropRow {
+    /// Why, as [`DropReason::name`].
+    pub reason: &'static str,
+    /// Where, as [`Hook::name`].
+    pub hook: &'static str,
+    /// How many, since the maps were made.
+    pub packets: u64,
+}
+
+/// Every external address, by Service and address.
+///
+/// # Errors
+///
+/// No pinned maps below `pin_path`, no privilege, maps of another version.
+pub fn services(pin_path: &Path) -> anyhow::Result<Vec<ServiceRow>> {
+    let tables = Tables::open(pin_path)?;
+    let names = Names::read(&tables)?;
+    let mut rows = Vec::new();
+    for entry in tables.services.entries() {
+        let (key, value) = entry?;
+        let (namespace, name) = names.of(value.service_id);
+        rows.push(ServiceRow {
+            namespace,
+            name,
+            external: key.external.to_ip(),
+            service_id: value.service_id,
+            generation: value.generation,
+            backends: value.backend_count,
+            affinity_timeout: value.affinity_timeout,
+            no_backend: if value.flags & SERVICE_PASS_WITHOUT_BACKEND == 0 { "drop" } else { "pass" },
+        });
+    }
+    rows.sort_by(|a, b| {
+        (&a.namespace, &a.name, a.external).cmp(&(&b.namespace, &b.name, b.external))
+    });
+    Ok(rows)
+}
+
+/// Every pod in force, by Service and slot.
+///
+/// # Errors
+///
+/// As [`services`].
+pub fn endpoints(pin_path: &Path) -> anyhow::Result<Vec<EndpointRow>> {
+    let tables = Tables::open(pin_path)?;
+    let names = Names::read(&tables)?;
+    let mut in_force = BTreeSet::new();
+    for entry in tables.services.entries() {
+        let (_, value) = entry?;
+        in_force.insert((value.service_id, value.generation));
+    }
+    let mut rows = Vec::new();
+    for entry in tables.backends.entries() {
+        let (key, value) = entry?;
+        if !in_force.contains(&(key.service_id, key.generation)) {
+            continue;
+        }
+        let (namespace, name) = names.of(key.service_id);
+        rows.push(EndpointRow {
+            namespace,
+            name,
+            pod: value.pod.to_ip(),
+            service_id: key.service_id,
+            generation: key.generation,
+            slot: key.slot,
+        });
+    }
+    rows.sort_by(|a, b| {
+        (&a.namespace, &a.name, a.service_id, a.slot).cmp(&(&b.namespace, &b.name, b.service_id, b.slot))
+    });
+    Ok(rows)
+}
+
+/// Every flow, by Service, client and protocol.
+///
+/// # Errors
+///
+/// As [`services`].
+pub fn flows(pin_path: &Path) -> anyhow::Result<Vec<FlowRow>> {
+    let tables = Tables::open(pin_path)?;
+    let names = Names::read(&tables)?;
+    let now = monotonic()?;
+    let mut rows = Vec::new();
+    for entry in tables.flows.entries() {
+        let (key, value) = entry?;
+        let (namespace, name) = names.of(value.service_id);
+        rows.push(FlowRow {
+            namespace,
+            name,
+            protocol: protocol_name(key.protocol),
+            peer: key.peer.to_ip(),
+            peer_port: u16::from_be(key.peer_port),
+            external: value.external.to_ip(),
+            pod: key.pod.to_ip(),
+            pod_port: u16::from_be(key.pod_port),
+            state: if key.protocol == protocol::TCP { tcp_state(value.tcp_state) } else { "" },
+            idle_seconds: now.saturating_sub(value.last_seen) / SECOND,
+        });
+    }
+    rows.sort_by(|a, b| {
+        (&a.namespace, &a.name, a.peer, &a.protocol, a.peer_port, a.external, a.pod_port).cmp(&(
+            &b.namespace,
+            &b.name,
+            b.peer,
+            &b.protocol,
+            b.peer_port,
+            b.external,
+            b.pod_port,
+        ))
+    });
+    Ok(rows)
+}
+
+/// Packets dropped, by reason and hook; those that were never needed are there with 0.
+///
+/// # Errors
+///
+/// As [`services`].
+pub fn drops(pin_path: &Path) -> anyhow::Result<Vec<DropRow>> {
+    let counters = super::tables::drops(pin_path)?;
+    let mut rows = Vec::new();
+    for reason in DropReason::ALL {
+        for hook in Hook::ALL {
+            // The map has as many entries as there are pairs; `open` has checked that.
+            let packets = counters.get(hook.counter(reason) as usize).copied().unwrap_or_default();
+            rows.push(DropRow { reason: reason.name(), hook: hook.name(), packets });
+        }
+    }
+    Ok(rows)
+}
+
+/// The map `names`, decoded.
+struct Names(BTreeMap<u32, (String, String)>);
+
+impl Names {
+    fn read(tables: &Tables) -> anyhow::Result<Self> {
+        let mut names = BTreeMap::new();
+        for entry in tables.names.entries() {
+            let (key, value) = entry?;
+            if let Some(ServiceKey { service, .. }) = decode_name(&value) {
+                names.insert(key.service_id, (service.namespace, service.name));
+            }
+        }
+        Ok(Self(names))
+    }
+
+    fn of(&self, service_id: u32) -> (String, String) {
+        self.0.get(&service_id).cloned().unwrap_or_default()
+    }
+}
+
+/// The clock that the kernel programs use.
+fn monotonic() -> anyhow::Result<u64> {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).context("no monotonic clock")?;
+    Ok(u64::try_from(now.tv_sec())? * SECOND + u64::try_from(now.tv_nsec())?)
+}
+
+const fn tcp_state(state: u8) -> &'static str {
+    if timeout::tcp_is_closed(state) {
+        "closed"
+    } else if state & (TCP_REQUEST_FIN | TCP_REPLY_FIN) != 0 {
+        "closing"
+    } else if state & TCP_ESTABLISHED != 0 {
+        "established"
+    } else {
+        "opening"
+    }
+}
+
+/// The name that `/etc/protocols` and its users know, for those that have one people use.
+fn protocol_name(number: u8) -> String {
+    match number {
+        1 => "icmp",
+        2 => "igmp",
+        4 => "ipip",
+        6 => "tcp",
+        17 => "udp",
+        33 => "dccp",
+        41 => "ipv6",
+        47 => "gre",
+        50 => "esp",
+        51 => "ah",
+        58 => "icmpv6",
+        89 => "ospf",
+        112 => "vrrp",
+        115 => "l2tp",
+        132 => "sctp",
+        136 => "udplite",
+        _ => return number.to_string(),
+    }
+    .to_owned()
+}

@@ -1,0 +1,291 @@
+//! The kernel's side of the agent: loads and attaches the programs, keeps the maps as desired, pins both.
+//!
+//! Nothing is detached or removed when the agent ends: packets go on, and the next agent adopts what it finds.
+
+use std::{
+    collections::BTreeSet,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, bail};
+use aya::{Ebpf, EbpfLoader, VerifierLogLevel, programs::Program};
+use tokio::{runtime::Handle, sync::watch, task};
+
+use self::{
+    attach::Method,
+    tables::Tables,
+    uplinks::{Interface, View},
+};
+use super::{Sink, Snapshot};
+use crate::delta::{Actual, Plan};
+
+mod attach;
+pub mod inspect;
+mod preflight;
+mod tables;
+mod uplinks;
+
+/// Where the maps and links are pinned unless told otherwise.
+pub const DEFAULT_PIN_PATH: &str = "/sys/fs/bpf/proxier";
+
+/// The kernel programs, as `cargo xtask build-ebpf` made them: the agent is one file to ship.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/proxier.bpf.o"));
+
+/// How the programs are attached to an interface.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum AttachMode {
+    /// tcx where the kernel has it (6.6), else clsact.
+    #[default]
+    Auto,
+    /// A tcx link, first in line.
+    Tcx,
+    /// A filter of the clsact qdisc.
+    Clsact,
+}
+
+/// What the command line says about this sink.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Interfaces towards clients. None: every interface that carries a default route, followed as routes change.
+    pub uplinks: Vec<String>,
+    /// A directory on a bpffs; made if it is missing.
+    pub pin_path: PathBuf,
+    /// How to attach.
+    pub attach: AttachMode,
+}
+
+/// The sink. Nothing is detached or removed when it is dropped.
+#[derive(Debug)]
+pub struct BpfSink {
+    pin_path: PathBuf,
+    method: Method,
+    ebpf: Ebpf,
+    tables: Tables,
+    /// What the tables hold; read again whenever a write has failed.
+    actual: Actual,
+    sweep_due: bool,
+    view: watch::Receiver<View>,
+    attached: BTreeSet<Interface>,
+    /// Interfaces that could not be attached to, as reported: said once, tried again at every change.
+    refused: BTreeSet<Interface>,
+    reported_missing: BTreeSet<String>,
+}
+
+impl BpfSink {
+    /// Checks the machine (privileges, kernel, bpffs), loads the programs over the pinned maps, attaches them.
+    /// Must be called inside a multi-threaded tokio runtime, in which it goes on following interfaces and routes.
+    ///
+    /// # Errors
+    ///
+    /// What is missing and what to do about it.
+    pub fn open(options: Options) -> anyhow::Result<Self> {
+        let Options { uplinks, pin_path, attach } = options;
+        preflight::check(&pin_path)?;
+        let method = Method::resolve(attach)?;
+        let links = attach::directory(&pin_path);
+        fs::create_dir_all(&links).with_context(|| format!("{} cannot be made", links.display()))?;
+        tables::check_pinned(&pin_path)?;
+        let ebpf = load(&pin_path)?;
+        let mut tables = Tables::open(&pin_path)?;
+        let actual = tables.read()?;
+        // A former agent may have been killed between a change and the sweep that belongs to it.
+        tables.sweep(&actual)?;
+        tracing::info!(
+            addresses = actual.services.len(),
+            backends = actual.backends.len(),
+            pin_path = %pin_path.display(),
+            "kernel programs are loaded; tables of a former agent are adopted as they are"
+        );
+        let named = uplinks.into_iter().collect();
+        let view = task::block_in_place(|| Handle::current().block_on(uplinks::watch(named)))?;
+        let mut sink = Self {
+            pin_path,
+            method,
+            ebpf,
+            tables,
+            actual,
+            sweep_due: false,
+            view,
+            attached: BTreeSet::new(),
+            refused: BTreeSet::new(),
+            reported_missing: BTreeSet::new(),
+        };
+        let view = sink.view.borrow_and_update().clone();
+        sink.follow(&view);
+        if sink.attached.is_empty() {
+            tracing::warn!(
+                "no uplink yet, so no packet is rewritten: waiting for {}",
+                if view.missing.is_empty() {
+                    "a default route; or name the interfaces towards clients with --uplink".to_owned()
+                } else {
+                    format!("{}", Names(&view.missing))
+                }
+            );
+        }
+        Ok(sink)
+    }
+
+    /// Attaches to the uplinks of `view` and lets go of interfaces that are none any more.
+    fn follow(&mut self, view: &View) {
+        for name in view.missing.difference(&self.reported_missing) {
+            let present: BTreeSet<String> = view.interfaces.iter().map(|i| i.name.clone()).collect();
+            tracing::warn!(
+                uplink = name,
+                "no interface is called {name} (there are {}): waiting for it; check --uplink",
+                Names(&present)
+            );
+        }
+        self.reported_missing.clone_from(&view.missing);
+        self.attached.retain(|interface| view.interfaces.contains(interface));
+        self.refused.retain(|interface| view.uplinks.contains(interface));
+        for interface in &view.uplinks {
+            if self.attached.contains(interface) {
+                continue;
+            }
+            match attach::attach(&mut self.ebpf, &self.pin_path, interface, self.method) {
+                Ok(()) => {
+                    tracing::info!(uplink = interface.name, method = ?self.method, "programs are attached");
+                    self.refused.remove(interface);
+                    self.attached.insert(interface.clone());
+                }
+                Err(error) => {
+                    if self.refused.insert(interface.clone()) {
+                        tracing::error!(uplink = interface.name, "{error:#}");
+                    }
+                }
+            }
+        }
+        // Between two default routes there may be a moment with none: the last uplinks stay.
+        if !view.uplinks.is_empty() {
+            self.let_go(view);
+        }
+    }
+
+    fn let_go(&mut self, view: &View) {
+        let uplinks: BTreeSet<u32> = view.uplinks.iter().map(|interface| interface.index).collect();
+        let pinned = attach::pinned(&self.pin_path);
+        let attached = self.attached.iter().map(|interface| interface.index);
+        let gone: BTreeSet<u32> =
+            pinned.into_iter().chain(attached).filter(|index| !uplinks.contains(index)).collect();
+        for index in gone {
+            // A link to an interface that no longer exists leads nowhere, but its pin is still there.
+            let interface = view
+                .interfaces
+                .iter()
+                .find(|interface| interface.index == index)
+                .cloned()
+                .unwrap_or(Interface { index, name: String::new(), header: None });
+            match attach::detach(&self.pin_path, &interface) {
+                Ok(removed) if interface.name.is_empty() => {
+                    tracing::debug!(index, ?removed, "pins of an interface that went are removed");
+                }
+                Ok(_) => tracing::info!(uplink = interface.name, "no uplink any more: programs are detached"),
+                Err(error) => tracing::warn!(uplink = interface.name, "programs stay attached: {error:#}"),
+            }
+            self.attached.retain(|interface| interface.index != index);
+        }
+    }
+}
+
+impl Sink for BpfSink {
+    fn apply(&mut self, snapshot: Snapshot<'_>) -> anyhow::Result<()> {
+        let plan = Plan::new(snapshot.desired, &self.actual, self.sweep_due);
+        let mut failures = Vec::new();
+        for task in plan.tasks() {
+            for step in plan.steps(*task, &self.actual) {
+                match self.tables.execute(&step, &self.actual) {
+                    Ok(()) => self.actual.apply(&step),
+                    Err(error) => {
+                        failures.push(format!("{}: {error}", plan.subject(*task, &self.actual)));
+                        break;
+                    }
+                }
+            }
+        }
+        self.sweep_due = !failures.is_empty();
+        if failures.is_empty() {
+            return Ok(());
+        }
+        // What was half done is made good by the next plan, which starts from what is really there.
+        self.actual = self.tables.read()?;
+        bail!("{}; everything else is in force", failures.join("; "))
+    }
+
+    fn tick(&mut self) -> anyhow::Result<()> {
+        if self.view.has_changed().context("uplinks are no longer followed (netlink)")? {
+            let view = self.view.borrow_and_update().clone();
+            self.follow(&view);
+        } else if !self.refused.is_empty() {
+            let view = self.view.borrow().clone();
+            self.follow(&view);
+        }
+        Ok(())
+    }
+}
+
+/// Names in a sentence.
+struct Names<'a>(&'a BTreeSet<String>);
+
+impl std::fmt::Display for Names<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0.iter().map(String::as_str).collect::<Vec<_>>().join(", "))
+    }
+}
+
+fn load(pin_path: &Path) -> anyhow::Result<Ebpf> {
+    let pins: Vec<_> = tables::pins(pin_path).collect();
+    let mut loader = EbpfLoader::new();
+    loader.verifier_log_level(VerifierLogLevel::STATS);
+    for (map, path) in &pins {
+        loader.map_pin_path(map, path.as_path());
+    }
+    let mut ebpf = loader.load(OBJECT).context(
+        "the kernel does not take proxier's maps: does it have BPF (CONFIG_BPF_SYSCALL) and enough locked memory?",
+    )?;
+    for (name, program) in ebpf.programs_mut() {
+        let Program::SchedClassifier(program) = program else {
+            bail!("program {name} of the kernel object is of an unexpected type");
+        };
+        program.load().with_context(|| format!("the kernel's verifier refuses program {name}"))?;
+    }
+    Ok(ebpf)
+}
+
+/// Detaches the programs and removes every pin below `pin_path`. Returns what was removed, a line each.
+///
+/// # Errors
+///
+/// What could not be removed, and why.
+pub fn cleanup(pin_path: &Path) -> anyhow::Result<Vec<String>> {
+    preflight::check(pin_path)?;
+    let mut removed = Vec::new();
+    for index in attach::pinned(pin_path) {
+        removed.extend(attach::detach(pin_path, &Interface { index, name: String::new(), header: None })?);
+    }
+    for interface in nix::net::if_::if_nameindex().context("interfaces cannot be listed")?.iter() {
+        let name = interface.name().to_string_lossy();
+        removed.extend(attach::detach_clsact(&name)?);
+    }
+    for (map, pin) in tables::pins(pin_path) {
+        match fs::remove_file(&pin) {
+            Ok(()) => removed.push(format!("map {map}")),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error).with_context(|| format!("{} cannot be removed", pin.display())),
+        }
+    }
+    for directory in [attach::directory(pin_path), tables::directory(pin_path), pin_path.to_owned()] {
+        match fs::remove_dir(&directory) {
+            Ok(()) => removed.push(format!("directory {}", directory.display())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            // A mount point, or somebody else's files in it: not ours to remove.
+            Err(error) if directory == pin_path => {
+                tracing::debug!("{} stays: {error}", directory.display());
+            }
+            Err(error) => {
+                return Err(error).with_context(|| format!("{} cannot be removed", directory.display()));
+            }
+        }
+    }
+    Ok(removed)
+}

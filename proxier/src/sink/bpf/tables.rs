@@ -1,0 +1,315 @@
+//! The pinned maps, with their types: opening, checking, reading and writing them.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    Pod,
+    maps::{HashMap, Map, MapData, MapError, MapInfo, MapType, PerCpuArray},
+};
+use proxier_common::{
+    BackendKey, BackendValue, DROP_COUNTERS, FlowKey, FlowValue, FragmentKey, FragmentValue, MAX_BACKENDS,
+    MAX_FLOWS, MAX_FRAGMENTS, MAX_SERVICES, MAX_SESSIONS, MemberKey, MemberValue, NameKey, NameValue, SCHEMA,
+    ServiceKey, ServiceValue, SessionKey, SessionValue,
+};
+use thiserror::Error;
+
+use crate::delta::{Actual, Step};
+
+/// What can go wrong with a map.
+#[derive(Debug, Error)]
+pub(super) enum TableError {
+    /// There is no such pin.
+    #[error(
+        "there is no map `{map}` at {}: is `proxier ... to-bpf` running on this node, with this --pin-path?",
+        path.display()
+    )]
+    Missing {
+        /// The map's name.
+        map: &'static str,
+        /// Where it was looked for.
+        path: PathBuf,
+    },
+    /// The pin cannot be opened.
+    #[error("the map pinned at {} cannot be opened: {source}", path.display())]
+    Open {
+        /// Where it is pinned.
+        path: PathBuf,
+        /// Why.
+        source: MapError,
+    },
+    /// The pinned map is not the one that this version of proxier expects.
+    #[error(
+        "the map pinned at {} has {found}, this version of proxier expects {expected}: it was made by another \
+         program or an unreleased version; stop the agent and run `proxier cleanup`, which ends running \
+         conversations, or choose another --pin-path",
+        path.display()
+    )]
+    Shape {
+        /// Where it is pinned.
+        path: PathBuf,
+        /// What it is.
+        found: String,
+        /// What it should be.
+        expected: String,
+    },
+    /// No room for another entry.
+    #[error("the map `{map}` is full at {max_entries} entries: fewer Services or pods fit on this node")]
+    Full {
+        /// The map's name.
+        map: &'static str,
+        /// Its size.
+        max_entries: u32,
+    },
+    /// The kernel refused.
+    #[error("the map `{map}` cannot be {action}: {source}")]
+    Access {
+        /// The map's name.
+        map: &'static str,
+        /// What was tried.
+        action: &'static str,
+        /// Why.
+        source: MapError,
+    },
+}
+
+/// Name and shape of a map, to be held against what is pinned: the kernel hands out whatever is at the path.
+#[derive(Clone, Copy, Debug)]
+struct Shape {
+    name: &'static str,
+    kind: MapType,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+}
+
+impl Shape {
+    const fn of<K, V>(name: &'static str, kind: MapType, max_entries: u32) -> Self {
+        // The ABI's types have a few dozen bytes.
+        #[expect(clippy::cast_possible_truncation, reason = "sizes of the ABI's types")]
+        let (key_size, value_size) = (size_of::<K>() as u32, size_of::<V>() as u32);
+        Self { name, kind, key_size, value_size, max_entries }
+    }
+}
+
+const SERVICES: Shape = Shape::of::<ServiceKey, ServiceValue>("services", MapType::Hash, MAX_SERVICES);
+const BACKENDS: Shape = Shape::of::<BackendKey, BackendValue>("backends", MapType::Hash, MAX_BACKENDS);
+const MEMBERS: Shape = Shape::of::<MemberKey, MemberValue>("members", MapType::Hash, MAX_BACKENDS);
+const NAMES: Shape = Shape::of::<NameKey, NameValue>("names", MapType::Hash, MAX_SERVICES);
+const SESSIONS: Shape = Shape::of::<SessionKey, SessionValue>("sessions", MapType::LruHash, MAX_SESSIONS);
+const FLOWS: Shape = Shape::of::<FlowKey, FlowValue>("flows", MapType::LruHash, MAX_FLOWS);
+const FRAGMENTS: Shape = Shape::of::<FragmentKey, FragmentValue>("fragments", MapType::LruHash, MAX_FRAGMENTS);
+const DROPS: Shape = Shape::of::<u32, u64>("drops", MapType::PerCpuArray, DROP_COUNTERS);
+
+const ALL: [Shape; 8] = [SERVICES, BACKENDS, MEMBERS, NAMES, SESSIONS, FLOWS, FRAGMENTS, DROPS];
+
+/// The directory that holds the maps of this version's ABI.
+pub(super) fn directory(pin_path: &Path) -> PathBuf {
+    pin_path.join(format!("v{SCHEMA}"))
+}
+
+/// Names of all maps, and where each is pinned.
+pub(super) fn pins(pin_path: &Path) -> impl Iterator<Item = (&'static str, PathBuf)> {
+    let directory = directory(pin_path);
+    ALL.into_iter().map(move |shape| (shape.name, directory.join(shape.name)))
+}
+
+/// Checks those maps that are pinned already.
+///
+/// # Errors
+///
+/// [`TableError::Shape`] and [`TableError::Open`].
+pub(super) fn check_pinned(pin_path: &Path) -> Result<(), TableError> {
+    for shape in ALL {
+        match open_pinned(pin_path, shape) {
+            Ok(_) | Err(TableError::Missing { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+fn open_pinned(pin_path: &Path, shape: Shape) -> Result<MapData, TableError> {
+    let path = directory(pin_path).join(shape.name);
+    if !path.exists() {
+        return Err(TableError::Missing { map: shape.name, path });
+    }
+    let map = MapData::from_pin(&path).map_err(|source| TableError::Open { path: path.clone(), source })?;
+    let info = map.info().map_err(|source| TableError::Open { path: path.clone(), source })?;
+    let expected = describe(shape.kind, shape.key_size, shape.value_size, shape.max_entries);
+    let found = described(&info);
+    if found == expected { Ok(map) } else { Err(TableError::Shape { path, found, expected }) }
+}
+
+fn described(info: &MapInfo) -> String {
+    match info.map_type() {
+        Ok(kind) => describe(kind, info.key_size(), info.value_size(), info.max_entries()),
+        Err(_) => "a type of map that is not known here".to_owned(),
+    }
+}
+
+fn describe(kind: MapType, key_size: u32, value_size: u32, max_entries: u32) -> String {
+    format!("type {kind:?}, keys of {key_size} and values of {value_size} bytes, {max_entries} entries")
+}
+
+/// A hash map of the ABI.
+#[derive(Debug)]
+pub(super) struct Table<K: Pod, V: Pod> {
+    shape: Shape,
+    map: HashMap<MapData, K, V>,
+}
+
+impl<K: Pod, V: Pod> Table<K, V> {
+    fn open(pin_path: &Path, shape: Shape) -> Result<Self, TableError> {
+        let data = open_pinned(pin_path, shape)?;
+        let map = match shape.kind {
+            MapType::LruHash => Map::LruHashMap(data),
+            _ => Map::HashMap(data),
+        };
+        let map = HashMap::try_from(map)
+            .map_err(|source| TableError::Access { map: shape.name, action: "opened", source })?;
+        Ok(Self { shape, map })
+    }
+
+    /// Every entry. Entries that come and go meanwhile may be there or not.
+    pub(super) fn entries(&self) -> impl Iterator<Item = Result<(K, V), TableError>> + '_ {
+        self.map.iter().filter_map(|entry| match entry {
+            Ok(entry) => Some(Ok(entry)),
+            // The kernel evicted it between finding its key and reading its value.
+            Err(MapError::KeyNotFound) => None,
+            Err(source) => Some(Err(self.error("read", source))),
+        })
+    }
+
+    fn put(&mut self, key: &K, value: &V) -> Result<(), TableError> {
+        self.map.insert(key, value, 0).map_err(|source| match &source {
+            MapError::SyscallError(error) if error.io_error.raw_os_error() == Some(libc::E2BIG) => {
+                TableError::Full { map: self.shape.name, max_entries: self.shape.max_entries }
+            }
+            _ => self.error("written", source),
+        })
+    }
+
+    /// Removes an entry, if it is there.
+    fn remove(&mut self, key: &K) -> Result<(), TableError> {
+        match self.map.remove(key) {
+            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+            Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(source) => Err(self.error("written", source)),
+        }
+    }
+
+    fn error(&self, action: &'static str, source: MapError) -> TableError {
+        TableError::Access { map: self.shape.name, action, source }
+    }
+
+    /// Removes every entry that `keep` does not want. Returns how many.
+    fn retain(&mut self, keep: impl Fn(&K, &V) -> bool) -> Result<usize, TableError> {
+        // Collected first: removing the entry at which an iteration stands makes it start again.
+        let mut gone = Vec::new();
+        for entry in self.entries() {
+            let (key, value) = entry?;
+            if !keep(&key, &value) {
+                gone.push(key);
+            }
+        }
+        for key in &gone {
+            self.remove(key)?;
+        }
+        Ok(gone.len())
+    }
+}
+
+/// The maps that the agent reads and writes.
+#[derive(Debug)]
+pub(super) struct Tables {
+    pub(super) services: Table<ServiceKey, ServiceValue>,
+    pub(super) backends: Table<BackendKey, BackendValue>,
+    pub(super) members: Table<MemberKey, MemberValue>,
+    pub(super) names: Table<NameKey, NameValue>,
+    pub(super) sessions: Table<SessionKey, SessionValue>,
+    pub(super) flows: Table<FlowKey, FlowValue>,
+}
+
+impl Tables {
+    /// Opens the maps pinned below `pin_path`.
+    ///
+    /// # Errors
+    ///
+    /// One is missing, or not what it should be.
+    pub(super) fn open(pin_path: &Path) -> Result<Self, TableError> {
+        Ok(Self {
+            services: Table::open(pin_path, SERVICES)?,
+            backends: Table::open(pin_path, BACKENDS)?,
+            members: Table::open(pin_path, MEMBERS)?,
+            names: Table::open(pin_path, NAMES)?,
+            sessions: Table::open(pin_path, SESSIONS)?,
+            flows: Table::open(pin_path, FLOWS)?,
+        })
+    }
+
+    /// Reads back everything that only user space writes.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused.
+    pub(super) fn read(&self) -> Result<Actual, TableError> {
+        Ok(Actual {
+            services: self.services.entries().collect::<Result<_, _>>()?,
+            backends: self.backends.entries().collect::<Result<_, _>>()?,
+            members: self.members.entries().collect::<Result<_, _>>()?,
+            names: self
+                .names
+                .entries()
+                .map(|entry| entry.map(|(key, value)| (key.service_id, value)))
+                .collect::<Result<BTreeMap<_, _>, _>>()?,
+        })
+    }
+
+    /// Carries out a step. `actual` is what the tables hold before it.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused, or the map is full.
+    pub(super) fn execute(&mut self, step: &Step, actual: &Actual) -> Result<(), TableError> {
+        match step {
+            Step::PutName(id, value) => self.names.put(&NameKey { service_id: *id }, value),
+            Step::PutBackend(key, value) => self.backends.put(key, value),
+            Step::PutMember(key, value) => self.members.put(key, value),
+            Step::RemoveMember(key) => self.members.remove(key),
+            Step::PutService(key, value) => self.services.put(key, value),
+            Step::RemoveService(key) => self.services.remove(key),
+            Step::RemoveBackend(key) => self.backends.remove(key),
+            Step::Sweep => self.sweep(actual),
+            Step::RemoveName(id) => self.names.remove(&NameKey { service_id: *id }),
+        }
+    }
+
+    /// Removes flows and sessions that nothing keeps.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused.
+    pub(super) fn sweep(&mut self, actual: &Actual) -> Result<(), TableError> {
+        let flows = self.flows.retain(|key, flow| actual.keeps(flow.service_id, key.pod, flow.external))?;
+        let sessions = self
+            .sessions
+            .retain(|key, session| actual.keeps(session.service_id, session.pod, key.external))?;
+        tracing::debug!(flows, sessions, "flows and sessions of pods and addresses that went are removed");
+        Ok(())
+    }
+}
+
+/// Packets dropped, by index ([`proxier_common::Hook::counter`]), over all CPUs.
+///
+/// # Errors
+///
+/// As [`Tables::open`].
+pub(super) fn drops(pin_path: &Path) -> Result<Vec<u64>, TableError> {
+    let error = |source| TableError::Access { map: DROPS.name, action: "read", source };
+    let map = PerCpuArray::<_, u64>::try_from(Map::PerCpuArray(open_pinned(pin_path, DROPS)?)).map_err(error)?;
+    map.iter().map(|values| Ok(values.map_err(error)?.iter().sum())).collect()
+}

@@ -1,0 +1,197 @@
+//! Which interfaces lead to clients: those named, or every one that carries a default route, followed as interfaces and
+//! routes come and go. Knows netlink; knows nothing of programs.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use futures::{StreamExt as _, TryStreamExt as _};
+use rtnetlink::{
+    Handle, MulticastGroup, RouteMessageBuilder, new_connection, new_multicast_connection,
+    packet_route::{
+        link::{LinkAttribute, LinkLayerType},
+        route::{RouteAttribute, RouteMessage, RouteType},
+    },
+};
+use tokio::{sync::watch, time};
+
+/// Whether packets of an interface start with an Ethernet header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum LinkHeader {
+    /// They do.
+    Ethernet,
+    /// They start with the IP header.
+    None,
+}
+
+/// An interface.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Interface {
+    pub(super) index: u32,
+    pub(super) name: String,
+    /// `None` for link types that proxier cannot read.
+    pub(super) header: Option<LinkHeader>,
+}
+
+/// The interfaces, at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct View {
+    /// All there are.
+    pub(super) interfaces: Vec<Interface>,
+    /// Those that lead to clients.
+    pub(super) uplinks: BTreeSet<Interface>,
+    /// Names asked for that no interface has.
+    pub(super) missing: BTreeSet<String>,
+}
+
+/// After a change, how long to wait for the ones that come with it.
+const SETTLE: Duration = Duration::from_millis(100);
+/// Netlink may lose messages under load: how often to look without being told.
+const RELIST: Duration = Duration::from_secs(30);
+
+/// Finds the uplinks and keeps finding them in the background, until the receiver is dropped.
+///
+/// # Errors
+///
+/// Netlink would not answer.
+pub(super) async fn watch(named: BTreeSet<String>) -> anyhow::Result<watch::Receiver<View>> {
+    let (events, _, mut changes) =
+        new_multicast_connection(&[MulticastGroup::Link, MulticastGroup::Ipv4Route, MulticastGroup::Ipv6Route])
+            .context("changes of interfaces and routes cannot be followed (netlink)")?;
+    tokio::spawn(events);
+    let (connection, handle, _) = new_connection().context("interfaces cannot be listed (netlink)")?;
+    tokio::spawn(connection);
+
+    let (sender, receiver) = watch::channel(list(&handle, &named).await?);
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                change = changes.next() => if change.is_none() {
+                    tracing::error!("netlink has closed: uplinks are looked for every 30 seconds only");
+                    time::sleep(RELIST).await;
+                },
+                () = time::sleep(RELIST) => {}
+                () = sender.closed() => return,
+            }
+            time::sleep(SETTLE).await;
+            while let Ok(Some(_)) = time::timeout(Duration::ZERO, changes.next()).await {}
+            match list(&handle, &named).await {
+                Ok(view) => {
+                    sender.send_if_modified(|known| {
+                        let changed = *known != view;
+                        *known = view;
+                        changed
+                    });
+                }
+                Err(error) => tracing::warn!("uplinks stay as they are, interfaces cannot be listed: {error:#}"),
+            }
+        }
+    });
+    Ok(receiver)
+}
+
+async fn list(handle: &Handle, named: &BTreeSet<String>) -> anyhow::Result<View> {
+    let mut interfaces = Vec::new();
+    let mut links = Box::pin(handle.link().get().execute());
+    while let Some(link) = links.try_next().await.context("interfaces cannot be listed (netlink)")? {
+        let name = link.attributes.iter().find_map(|attribute| match attribute {
+            LinkAttribute::IfName(name) => Some(name.clone()),
+            _ => None,
+        });
+        if let Some(name) = name {
+            let header = link_header(link.header.link_layer_type);
+            interfaces.push(Interface { index: link.header.index, name, header });
+        }
+    }
+    let wanted: BTreeSet<u32> = if named.is_empty() {
+        default_route_interfaces(handle).await?
+    } else {
+        interfaces.iter().filter(|i| named.contains(&i.name)).map(|i| i.index).collect()
+    };
+    Ok(view(interfaces, &wanted, named))
+}
+
+fn view(interfaces: Vec<Interface>, wanted: &BTreeSet<u32>, named: &BTreeSet<String>) -> View {
+    let by_name: BTreeMap<&str, u32> = interfaces.iter().map(|i| (i.name.as_str(), i.index)).collect();
+    let missing = named.iter().filter(|name| !by_name.contains_key(name.as_str())).cloned().collect();
+    let uplinks = interfaces.iter().filter(|i| wanted.contains(&i.index)).cloned().collect();
+    View { interfaces, uplinks, missing }
+}
+
+async fn default_route_interfaces(handle: &Handle) -> anyhow::Result<BTreeSet<u32>> {
+    let mut indices = BTreeSet::new();
+    let requests = [
+        RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(),
+        RouteMessageBuilder::<std::net::Ipv6Addr>::new().build(),
+    ];
+    for request in requests {
+        let mut routes = Box::pin(handle.route().get(request).execute());
+        while let Some(route) = routes.try_next().await.context("routes cannot be listed (netlink)")? {
+            indices.extend(interfaces_of_default_route(&route));
+        }
+    }
+    Ok(indices)
+}
+
+/// In any table: with policy routing, replies leave by the default route of another one.
+fn interfaces_of_default_route(route: &RouteMessage) -> Vec<u32> {
+    if route.header.destination_prefix_length != 0 || route.header.kind != RouteType::Unicast {
+        return Vec::new();
+    }
+    route
+        .attributes
+        .iter()
+        .flat_map(|attribute| match attribute {
+            RouteAttribute::Oif(index) => vec![*index],
+            RouteAttribute::MultiPath(hops) => hops.iter().map(|hop| hop.interface_index).collect(),
+            _ => Vec::new(),
+        })
+        .collect()
+}
+
+fn link_header(kind: LinkLayerType) -> Option<LinkHeader> {
+    match kind {
+        LinkLayerType::Ether | LinkLayerType::Loopback => Some(LinkHeader::Ethernet),
+        LinkLayerType::None
+        | LinkLayerType::Rawip
+        | LinkLayerType::Ppp
+        | LinkLayerType::Tunnel
+        | LinkLayerType::Tunnel6
+        | LinkLayerType::Sit
+        | LinkLayerType::Ipgre
+        | LinkLayerType::Ip6gre => Some(LinkHeader::None),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn interface(index: u32, name: &str) -> Interface {
+        Interface { index, name: name.to_owned(), header: Some(LinkHeader::Ethernet) }
+    }
+
+    #[test]
+    fn a_name_that_no_interface_has_is_missing() {
+        let named = BTreeSet::from(["eth0".to_owned(), "bond9".to_owned()]);
+        let view = view(vec![interface(1, "lo"), interface(2, "eth0")], &BTreeSet::from([2]), &named);
+        assert_eq!(view.uplinks, BTreeSet::from([interface(2, "eth0")]));
+        assert_eq!(view.missing, BTreeSet::from(["bond9".to_owned()]));
+    }
+
+    #[test]
+    fn only_unicast_routes_of_length_zero_are_default_routes() {
+        let mut route = RouteMessage::default();
+        route.header.kind = RouteType::Unicast;
+        route.attributes = vec![RouteAttribute::Oif(7)];
+        assert_eq!(interfaces_of_default_route(&route), [7]);
+        route.header.destination_prefix_length = 8;
+        assert!(interfaces_of_default_route(&route).is_empty());
+        route.header.destination_prefix_length = 0;
+        route.header.kind = RouteType::Unreachable;
+        assert!(interfaces_of_default_route(&route).is_empty());
+    }
+}

@@ -1,0 +1,53 @@
+//! The lab: a client, a node and its pods as network namespaces on this machine, with what it takes to send any
+//! packet and to see every packet. For tests that need a kernel, and for `cargo xtask demo`.
+//!
+//! Not for the agent's insides: the agent is a program that the lab starts, as a DaemonSet would.
+
+pub mod agent;
+pub mod capture;
+pub mod exchange;
+pub mod host;
+pub mod manifests;
+pub mod neighbour;
+pub mod netns;
+pub mod packets;
+pub mod responder;
+pub mod scenario;
+pub mod topology;
+pub mod wait;
+
+use anyhow::bail;
+
+/// Whether this process may make namespaces.
+#[must_use]
+pub fn is_root() -> bool {
+    nix::unistd::geteuid().is_root()
+}
+
+/// Fails unless [`is_root`].
+///
+/// # Errors
+///
+/// Says what to do about it.
+pub fn need_root() -> anyhow::Result<()> {
+    if !is_root() {
+        bail!(
+            "the lab makes network namespaces and loads eBPF programs, which takes root: run it again with sudo"
+        );
+    }
+    Ok(())
+}
+
+/// Ends a test early, loudly, when it is not run as root. Under `CI=true` that is a failure: a tier left out there
+/// would never be missed.
+#[macro_export]
+macro_rules! skip_unless_root {
+    () => {
+        if !$crate::is_root() {
+            let reason = "lab tests need root: sudo -E cargo xtask test";
+            assert!(std::env::var("CI").as_deref() != Ok("true"), "not run, though CI=true: {reason}");
+            eprintln!("SKIPPED: {}: {reason}", module_path!());
+            return;
+        }
+    };
+}

@@ -1,0 +1,414 @@
+//! The compiled programs, in the kernel, on the very packets that the host tests use: BPF_PROG_TEST_RUN. Whatever the
+//! core decides on a host, the kernel must decide too, byte for byte; and the kernel's own idea of a packet's checksum
+//! (CHECKSUM_COMPLETE) must still be right afterwards.
+
+// One set of packet builders for all tests of the core. They are the core's own tests' and live with them.
+#[path = "../../proxier-ebpf/tests/common/mod.rs"]
+mod common;
+
+use std::{
+    env, fs, io,
+    os::fd::{AsFd as _, AsRawFd as _},
+    path::Path,
+    sync::Mutex,
+};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{HashMap, Map, MapData, PerCpuArray},
+    programs::SchedClassifier,
+};
+use common::*;
+use proptest::prelude::*;
+use proxier_common::{
+    BackendKey, BackendValue, DropReason, FlowKey, FlowValue, FragmentKey, FragmentValue, Hook, MemberKey,
+    MemberValue, SERVICE_PASS_WITHOUT_BACKEND, ServiceKey, ServiceValue, SessionKey, SessionValue,
+};
+use proxier_ebpf::{
+    Verdict,
+    host::{HostPacket, HostTables},
+};
+
+/// BPF_F_TEST_SKB_CHECKSUM_COMPLETE (linux/bpf.h): the skb carries a checksum of the whole packet, and the kernel
+/// recomputes it after the run.
+const CHECKSUM_COMPLETE: u32 = 1 << 2;
+
+const TCX_NEXT: i32 = -1;
+const TC_ACT_SHOT: i32 = 2;
+
+/// The start of `union bpf_attr` for BPF_PROG_TEST_RUN (linux/bpf.h).
+#[repr(C)]
+#[derive(Default)]
+struct TestRun {
+    prog_fd: u32,
+    retval: u32,
+    data_size_in: u32,
+    data_size_out: u32,
+    data_in: u64,
+    data_out: u64,
+    repeat: u32,
+    duration: u32,
+    ctx_size_in: u32,
+    ctx_size_out: u32,
+    ctx_in: u64,
+    ctx_out: u64,
+    flags: u32,
+    cpu: u32,
+    batch_size: u32,
+    /// The kernel wants what follows the last field to be zero.
+    rest: u32,
+}
+
+/// The programs and maps of the object under test, not pinned and not attached.
+struct Kernel {
+    ebpf: Ebpf,
+    services: HashMap<MapData, ServiceKey, ServiceValue>,
+    backends: HashMap<MapData, BackendKey, BackendValue>,
+    members: HashMap<MapData, MemberKey, MemberValue>,
+    sessions: HashMap<MapData, SessionKey, SessionValue>,
+    flows: HashMap<MapData, FlowKey, FlowValue>,
+    fragments: HashMap<MapData, FragmentKey, FragmentValue>,
+    drops: PerCpuArray<MapData, u64>,
+}
+
+impl Kernel {
+    fn load() -> Self {
+        let object = env::var("PROXIER_BPF_OBJECT")
+            .unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/../target/proxier.bpf.o").to_owned());
+        let bytes = fs::read(Path::new(&object))
+            .unwrap_or_else(|error| panic!("{object}: {error}; run `cargo xtask build-ebpf`"));
+        let mut ebpf = EbpfLoader::new().load(&bytes).expect("the kernel takes the maps (as root)");
+        for name in ["proxier_request", "proxier_reply"] {
+            let program: &mut SchedClassifier = ebpf.program_mut(name).unwrap().try_into().unwrap();
+            program.load().expect("the verifier accepts the program");
+        }
+        fn table<K: aya::Pod, V: aya::Pod>(ebpf: &mut Ebpf, name: &str) -> HashMap<MapData, K, V> {
+            ebpf.take_map(name).unwrap().try_into().unwrap()
+        }
+        Self {
+            services: table(&mut ebpf, "services"),
+            backends: table(&mut ebpf, "backends"),
+            members: table(&mut ebpf, "members"),
+            sessions: table(&mut ebpf, "sessions"),
+            flows: table(&mut ebpf, "flows"),
+            fragments: table(&mut ebpf, "fragments"),
+            drops: match ebpf.take_map("drops").unwrap() {
+                map @ Map::PerCpuArray(_) => map.try_into().unwrap(),
+                other => panic!("drops is a {other:?}"),
+            },
+            ebpf,
+        }
+    }
+
+    /// Makes the maps hold what `tables` holds, and nothing else.
+    fn set(&mut self, tables: &HostTables) {
+        fn same<K: aya::Pod, V: aya::Pod>(
+            map: &mut HashMap<MapData, K, V>,
+            entries: impl Iterator<Item = (K, V)>,
+        ) {
+            let keys: Vec<K> = map.keys().collect::<Result<_, _>>().unwrap();
+            for key in keys {
+                map.remove(&key).unwrap();
+            }
+            for (key, value) in entries {
+                map.insert(key, value, 0).unwrap();
+            }
+        }
+        same(&mut self.services, tables.services.borrow().iter().map(|(key, value)| (*key, *value)));
+        same(&mut self.backends, tables.backends.borrow().iter().map(|(key, value)| (*key, *value)));
+        same(&mut self.members, tables.members.borrow().iter().map(|(key, value)| (*key, *value)));
+        same(&mut self.sessions, std::iter::empty());
+        same(&mut self.flows, std::iter::empty());
+        same(&mut self.fragments, std::iter::empty());
+    }
+
+    fn run(&self, program: &str, packet: &HostPacket, flags: u32) -> io::Result<(i32, HostPacket)> {
+        const BPF_PROG_TEST_RUN: libc::c_int = 10;
+        let program: &SchedClassifier = self.ebpf.program(program).unwrap().try_into().unwrap();
+        let mut out = vec![0; packet.bytes.len() + 64];
+        let mut attr = TestRun {
+            prog_fd: program.fd().unwrap().as_fd().as_raw_fd().try_into().unwrap(),
+            data_in: packet.bytes.as_ptr() as u64,
+            data_size_in: packet.bytes.len().try_into().unwrap(),
+            data_out: out.as_mut_ptr() as u64,
+            data_size_out: out.len().try_into().unwrap(),
+            // Once: a second run would be fed with what the first one wrote.
+            repeat: 1,
+            flags,
+            ..TestRun::default()
+        };
+        // SAFETY: the attributes are laid out as the kernel expects, and its pointers cover live buffers of the sizes
+        // beside them.
+        let result =
+            unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &raw mut attr, size_of::<TestRun>()) };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        out.truncate(attr.data_size_out.try_into().unwrap());
+        Ok((attr.retval.cast_signed(), HostPacket { bytes: out }))
+    }
+
+    fn drops(&self, hook: Hook, reason: DropReason) -> u64 {
+        self.drops.get(&hook.counter(reason), 0).unwrap().iter().sum()
+    }
+}
+
+/// Loading takes a second and the maps are shared, so the tests take turns.
+static KERNEL: Mutex<Option<Kernel>> = Mutex::new(None);
+
+fn with_kernel<R>(test: impl FnOnce(&mut Kernel) -> R) -> R {
+    let mut kernel = KERNEL.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    test(kernel.get_or_insert_with(Kernel::load))
+}
+
+fn code(verdict: Verdict) -> i32 {
+    match verdict {
+        Verdict::Next | Verdict::Rewritten => TCX_NEXT,
+        Verdict::Drop(_) => TC_ACT_SHOT,
+    }
+}
+
+/// Runs `packet` through `program` on the host and in the kernel and holds the results together. The tables of both must
+/// have seen the same packets before.
+fn both(kernel: &Kernel, tables: &HostTables, program: &str, packet: &HostPacket) -> (Verdict, HostPacket) {
+    let mut expected = packet.clone();
+    let verdict = match program {
+        "proxier_request" => proxier_ebpf::request(&mut expected, tables),
+        _ => proxier_ebpf::reply(&mut expected, tables),
+    };
+    let (code_found, found) = kernel.run(program, packet, 0).expect("the program runs");
+    assert_eq!(code_found, code(verdict), "{program}: the core says {verdict:?}");
+    if !matches!(verdict, Verdict::Drop(_)) {
+        assert_eq!(found, expected, "{program}: {verdict:?}");
+    }
+    (verdict, expected)
+}
+
+/// As [`both`], with the kernel's sum over the whole packet checked. The kernel refuses the flag for a packet whose
+/// addresses it cannot see.
+fn checksum_complete(kernel: &Kernel, program: &str, packet: &HostPacket) {
+    match kernel.run(program, packet, CHECKSUM_COMPLETE) {
+        Ok(_) => {}
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            panic!("this kernel has no BPF_F_TEST_SKB_CHECKSUM_COMPLETE (Linux 6.15)")
+        }
+        Err(error) => panic!("{program} leaves a wrong CHECKSUM_COMPLETE behind: {error}"),
+    }
+}
+
+fn kernel_has_checksum_complete() -> bool {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse::<u32>().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (6, 15)
+}
+
+#[test]
+fn the_kernel_rewrites_as_the_host_does() {
+    with_kernel(|kernel| {
+        for net in BOTH {
+            for protocol in [TCP, UDP, UDPLITE, SCTP, DCCP, GRE, ESP] {
+                let tables = tables(&[net.external], &[net.pod]);
+                kernel.set(&tables);
+                let there = plain(net.client, net.external, protocol, (40_000, 6_001));
+                let (verdict, _) = both(kernel, &tables, "proxier_request", &there);
+                assert_eq!(verdict, Verdict::Rewritten);
+                let back = plain(net.pod, net.client, protocol, (6_001, 40_000));
+                tables.now.set(tables.now.get() + 1);
+                let (verdict, _) = both(kernel, &tables, "proxier_reply", &back);
+                assert_eq!(verdict, Verdict::Rewritten);
+                if kernel_has_checksum_complete() {
+                    checksum_complete(kernel, "proxier_request", &there);
+                    checksum_complete(kernel, "proxier_reply", &back);
+                }
+            }
+            for (query, answer) in [if net.icmp == ICMP { (8, 0) } else { (128, 129) }] {
+                let tables = tables(&[net.external], &[net.pod]);
+                kernel.set(&tables);
+                let there = plain(net.client, net.external, net.icmp, (query, 9));
+                let back = plain(net.pod, net.client, net.icmp, (answer, 9));
+                assert_eq!(both(kernel, &tables, "proxier_request", &there).0, Verdict::Rewritten);
+                assert_eq!(both(kernel, &tables, "proxier_reply", &back).0, Verdict::Rewritten);
+                if kernel_has_checksum_complete() {
+                    checksum_complete(kernel, "proxier_request", &there);
+                    checksum_complete(kernel, "proxier_reply", &back);
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn the_kernel_chooses_the_pod_that_the_host_chooses() {
+    with_kernel(|kernel| {
+        for net in BOTH {
+            let tables = tables(&[net.external], &[net.pod, net.other_pod]);
+            kernel.set(&tables);
+            for number in 0..64 {
+                let mut client = proxier_common::Address::from(net.client);
+                client.bytes[15] = number;
+                let packet = plain(client.to_ip(), net.external, UDP, (5_060, 5_060));
+                both(kernel, &tables, "proxier_request", &packet);
+            }
+            assert_eq!(kernel.sessions.keys().count(), 64);
+            assert_eq!(kernel.flows.keys().count(), 64);
+        }
+    });
+}
+
+#[test]
+fn what_is_noted_in_the_kernel_is_what_the_host_notes() {
+    with_kernel(|kernel| {
+        for net in BOTH {
+            let tables = tables(&[net.external], &[net.pod]);
+            kernel.set(&tables);
+            both(kernel, &tables, "proxier_request", &plain(net.client, net.external, TCP, (40_000, 443)));
+            both(kernel, &tables, "proxier_reply", &plain(net.pod, net.client, TCP, (443, 40_000)));
+            let (key, expected) =
+                tables.flows.borrow().iter().next().map(|(key, flow)| (*key, flow.0.get())).unwrap();
+            let found = kernel.flows.get(&key, 0).expect("the flow is there under the same key");
+            assert_eq!(FlowValue { last_seen: 0, ..found }, FlowValue { last_seen: 0, ..expected });
+            let (key, expected) =
+                tables.sessions.borrow().iter().next().map(|(key, session)| (*key, session.0.get())).unwrap();
+            let found = kernel.sessions.get(&key, 0).expect("the session is there under the same key");
+            assert_eq!(SessionValue { last_seen: 0, ..found }, SessionValue { last_seen: 0, ..expected });
+        }
+    });
+}
+
+#[test]
+fn drops_are_counted_by_reason_and_hook() {
+    with_kernel(|kernel| {
+        let tables = tables(&[V4.external], &[]);
+        kernel.set(&tables);
+        let before = kernel.drops(Hook::UplinkIngress, DropReason::NoBackend);
+        let packet = plain(V4.client, V4.external, UDP, (1, 2));
+        for _ in 0..3 {
+            let (verdict, _) = both(kernel, &tables, "proxier_request", &packet);
+            assert_eq!(verdict, Verdict::Drop(DropReason::NoBackend));
+        }
+        assert_eq!(kernel.drops(Hook::UplinkIngress, DropReason::NoBackend), before + 3);
+
+        let key = ServiceKey { external: V4.external.into() };
+        tables.services.borrow_mut().get_mut(&key).unwrap().flags = SERVICE_PASS_WITHOUT_BACKEND;
+        kernel.set(&tables);
+        assert_eq!(both(kernel, &tables, "proxier_request", &packet).0, Verdict::Next);
+        assert_eq!(kernel.drops(Hook::UplinkIngress, DropReason::NoBackend), before + 3);
+    });
+}
+
+#[test]
+fn a_second_external_address_of_the_pod_collides_in_the_kernel_too() {
+    with_kernel(|kernel| {
+        let tables = tables(&[V6.external, V6.other_external], &[V6.pod]);
+        kernel.set(&tables);
+        both(kernel, &tables, "proxier_request", &plain(V6.client, V6.external, UDP, (40_000, 53)));
+        let (verdict, _) =
+            both(kernel, &tables, "proxier_request", &plain(V6.client, V6.other_external, UDP, (40_000, 53)));
+        assert_eq!(verdict, Verdict::Drop(DropReason::FlowCollision));
+    });
+}
+
+#[test]
+fn what_is_not_ours_is_passed_on_untouched() {
+    with_kernel(|kernel| {
+        let tables = tables(&[V4.external, V6.external], &[]);
+        kernel.set(&tables);
+        let arp = HostPacket { bytes: [[0xff; 12].as_slice(), &[0x08, 0x06], &[0; 46]].concat() };
+        let others = [
+            arp,
+            plain(V4.client, V4.pod, TCP, (1, 2)),
+            plain(V6.client, V6.pod, UDP, (1, 2)),
+            plain(V6.client, V6.external, ICMPV6, (135, 0)),
+        ];
+        for packet in &others {
+            for program in ["proxier_request", "proxier_reply"] {
+                assert_eq!(both(kernel, &tables, program, packet).0, Verdict::Next);
+            }
+        }
+    });
+}
+
+#[test]
+fn a_udp_checksum_of_zero_stays_zero_in_the_kernel() {
+    with_kernel(|kernel| {
+        for net in BOTH {
+            let tables = tables(&[net.external], &[net.pod]);
+            kernel.set(&tables);
+            let mut bytes = segment(UDP, (40_000, 53), b"no checksum");
+            bytes[6..8].fill(0);
+            let packet = frame(&Network::default(), net.client, net.external, UDP, &bytes);
+            let (_, rewritten) = both(kernel, &tables, "proxier_request", &packet);
+            assert_eq!(seen(&rewritten).segment[6..8], [0, 0]);
+        }
+    });
+}
+
+/// Headers that the host tests vary, too: options, extension headers, a VLAN tag within, fragments, padding.
+fn any_packet() -> impl Strategy<Value = (Net, HostPacket, HostPacket)> {
+    let headers = (
+        0..10_usize,
+        prop::collection::vec(prop::sample::select(vec![0_u8, 43, 51, 60]), 0..10),
+        any::<bool>(),
+        prop::option::of((0..3_u16, any::<bool>(), any::<u32>())),
+        0..20_usize,
+    );
+    let protocol = prop::sample::select(vec![TCP, UDP, UDPLITE, SCTP, DCCP, GRE, ESP, ICMP, ICMPV6, 59, 89]);
+    (prop::sample::select(BOTH.to_vec()), headers, protocol, any::<(u8, u16)>(), 0..200_usize).prop_map(
+        |(net, (options, extensions, vlan, fragment, padding), protocol, (kind, port), length)| {
+            let network = Network {
+                vlans: if vlan { vec![5] } else { Vec::new() },
+                options: vec![1; options * 4],
+                extensions: extensions
+                    .into_iter()
+                    .map(|number| {
+                        (number, if number == 51 { [vec![4], vec![0; 22]].concat() } else { vec![0; 7] })
+                    })
+                    .collect(),
+                fragment,
+                padding,
+            };
+            let first = if matches!(protocol, ICMP | ICMPV6) { kind.into() } else { 40_000 };
+            let request =
+                packet(&network, net.client, net.external, protocol, (first, port), &vec![0xab; length]);
+            let ports = if matches!(protocol, ICMP | ICMPV6) { (first, port) } else { (port, first) };
+            let reply = packet(&network, net.pod, net.client, protocol, ports, &vec![0xcd; length]);
+            (net, request, reply)
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2_000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_packet_fares_in_the_kernel_as_on_the_host((net, there, back) in any_packet()) {
+        with_kernel(|kernel| {
+            let tables = tables(&[net.external], &[net.pod]);
+            kernel.set(&tables);
+            both(kernel, &tables, "proxier_request", &there);
+            both(kernel, &tables, "proxier_reply", &back);
+        });
+    }
+
+    #[test]
+    fn a_packet_cut_short_or_damaged_fares_in_the_kernel_as_on_the_host(
+        (net, there, _) in any_packet(),
+        length in any::<prop::sample::Index>(),
+        damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
+    ) {
+        let mut packet = there;
+        for (at, value) in damage {
+            // Behind the Ethernet header: what that says is not the kernel program's to judge.
+            let at = 14 + at.index(packet.bytes.len() - 14);
+            packet.bytes[at] = value;
+        }
+        // BPF_PROG_TEST_RUN takes nothing shorter than an IP header; the host tests cut there too.
+        let shortest = if net.icmp == ICMP { 14 + 20 } else { 14 + 40 };
+        packet.bytes.truncate(shortest + length.index(packet.bytes.len() - shortest + 1));
+        with_kernel(|kernel| {
+            let tables = tables(&[net.external], &[net.pod]);
+            kernel.set(&tables);
+            both(kernel, &tables, "proxier_request", &packet);
+        });
+    }
+}

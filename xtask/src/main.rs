@@ -1,0 +1,76 @@
+//! What a developer runs: one file per command. `cargo xtask help` lists them.
+
+mod build_ebpf;
+mod demo;
+mod environment;
+mod lint;
+mod process;
+mod test;
+mod toolchain;
+mod verify;
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use clap::Parser;
+
+use crate::environment::{Environment, LAB_TOOLS, as_root_hint, is_root};
+
+/// Builds, shows and tests proxier. What a command needs and the machine lacks gets installed, with a line each.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 100)]
+enum Command {
+    /// Compile the kernel programs into target/proxier.bpf.o, which the agent embeds
+    BuildEbpf(build_ebpf::BuildOptions),
+    /// Show the agent at work between network namespaces of this machine (as root)
+    Demo(DemoCommand),
+    /// Run every test: on the host, in the kernel, in the lab (as root)
+    Test(test::TestOptions),
+    /// Run clippy on everything, the kernel programs included, with warnings denied
+    Lint(lint::LintOptions),
+}
+
+/// The demo's own arguments, and what comes before it.
+#[derive(Debug, clap::Args)]
+struct DemoCommand {
+    #[command(flatten)]
+    options: demo::DemoOptions,
+    /// Change nothing on this machine: name the commands that would, and fail
+    #[arg(long)]
+    no_install: bool,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Command::parse() {
+        Command::BuildEbpf(options) => build_ebpf::run_command(&options).map(|()| true),
+        Command::Demo(command) => show(&command),
+        Command::Test(options) => test::run_command(&options),
+        Command::Lint(options) => lint::run_command(&options),
+    };
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn show(command: &DemoCommand) -> Result<bool> {
+    // Before minutes of building, not after.
+    if !is_root() {
+        bail!("the demo makes network namespaces, which needs root. Run: {}", as_root_hint("demo"));
+    }
+    let environment = Environment::new(!command.no_install);
+    environment.ensure_tools(LAB_TOOLS)?;
+    environment.ensure_bpf_file_system()?;
+    let agent = match &command.options.agent {
+        Some(agent) => agent.clone(),
+        None => {
+            build_ebpf::build(&environment)?;
+            test::build_agent()?
+        }
+    };
+    demo::run(&agent, &command.options)
+}
