@@ -245,10 +245,11 @@ impl Packet {
         Self::new(source, destination, protocol::ESP, payload)
     }
 
-    /// The same packet with IPv4 options: a timestamp option that stays empty (RFC 791), and padding.
+    /// The same packet with IPv4 options that ask for nothing (RFC 791: no operation, end of list): a router or host
+    /// that writes into options would blur what else changes.
     #[must_use]
     pub fn with_ipv4_options(mut self) -> Self {
-        self.options = vec![68, 8, 9, 0, 0, 0, 0, 0, 1, 1, 1, 0];
+        self.options = vec![1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0];
         self
     }
 

@@ -145,5 +145,10 @@ fn packets_with_options_reach_a_pod_too() {
     let at_client = lab.client.capture().unwrap();
     lab.client.send(&[Packet::sctp_init(from, to, 7).with_ipv4_options()]).unwrap();
     let answer = at_client.wait_for(PATIENCE, Direction::In, |packet| packet.source == to.ip());
-    assert!(answer.is_some(), "the pod saw {:?} and sent {:?}", at_pod.packets(Direction::In), at_pod.packets(Direction::Out));
+    assert!(
+        answer.is_some(),
+        "the pod saw {:?} and sent {:?}",
+        at_pod.packets(Direction::In),
+        at_pod.packets(Direction::Out)
+    );
 }

@@ -174,7 +174,7 @@ fn attach_clsact(program: &mut SchedClassifier, place: Place, interface: &Interf
     let options = || NlOptions { priority: FILTER_PRIORITY, handle: FILTER_HANDLE, classid: None };
     match tc::qdisc_add_clsact(&interface.name) {
         Ok(()) => {}
-        Err(error) if tc_error_is(&error, io::ErrorKind::AlreadyExists) => {}
+        Err(error) if kind_of(&error) == io::ErrorKind::AlreadyExists => {}
         Err(error) => return Err(error).context("the clsact qdisc cannot be added"),
     }
     let attach_type = place.attach_type();
@@ -183,7 +183,7 @@ fn attach_clsact(program: &mut SchedClassifier, place: Place, interface: &Interf
         attach_type,
         TcAttachOptions::Netlink(options()),
     ) {
-        Err(ProgramError::TcError(error)) if tc_error_is(&error, io::ErrorKind::AlreadyExists) => {
+        Err(ProgramError::TcError(error)) if kind_of(&error) == io::ErrorKind::AlreadyExists => {
             // Our filter of a former agent: the kernel replaces a filter's program in one step.
             let NlOptions { priority, handle, classid } = options();
             let link =
@@ -197,15 +197,14 @@ fn attach_clsact(program: &mut SchedClassifier, place: Place, interface: &Interf
     Ok(())
 }
 
-fn tc_error_is(error: &TcError, kind: io::ErrorKind) -> bool {
-    let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(error) = source {
-        if error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == kind) {
-            return true;
+fn kind_of(error: &TcError) -> io::ErrorKind {
+    match error {
+        TcError::IoError(error) => error.kind(),
+        TcError::NetlinkError(error) => {
+            error.raw_os_error().map_or(io::ErrorKind::Other, |code| io::Error::from_raw_os_error(code).kind())
         }
-        source = error.source();
+        _ => io::ErrorKind::Other,
     }
-    false
 }
 
 /// Takes the programs off an interface, however they were attached. Returns what was taken off, a line each.
@@ -220,7 +219,7 @@ pub(super) fn detach(pin_path: &Path, interface: &Interface) -> anyhow::Result<V
 }
 
 /// Removes the pins of the links to the interface of this index, which detaches them.
-fn unpin(pin_path: &Path, index: u32) -> anyhow::Result<Vec<String>> {
+pub(super) fn unpin(pin_path: &Path, index: u32) -> anyhow::Result<Vec<String>> {
     let mut removed = Vec::new();
     for place in Place::IN_ORDER.into_iter().rev() {
         let pin = place.pin(pin_path, index);
@@ -243,8 +242,7 @@ pub(super) fn detach_clsact(interface: &str) -> anyhow::Result<Vec<String>> {
                 Ok(()) => removed.push(format!("filter {name} at {interface}")),
                 // No such filter; or no clsact qdisc at all, which is EINVAL.
                 Err(error)
-                    if tc_error_is(&error, io::ErrorKind::NotFound)
-                        || tc_error_is(&error, io::ErrorKind::InvalidInput) => {}
+                    if matches!(kind_of(&error), io::ErrorKind::NotFound | io::ErrorKind::InvalidInput) => {}
                 Err(error) => {
                     return Err(error).with_context(|| format!("filter {name} at {interface} stays"));
                 }

@@ -169,19 +169,17 @@ impl BpfSink {
         let gone: BTreeSet<u32> =
             pinned.into_iter().chain(attached).filter(|index| !uplinks.contains(index)).collect();
         for index in gone {
-            // A link to an interface that no longer exists leads nowhere, but its pin is still there.
-            let interface = view
-                .interfaces
-                .iter()
-                .find(|interface| interface.index == index)
-                .cloned()
-                .unwrap_or(Interface { index, name: String::new(), header: None });
-            match attach::detach(&self.pin_path, &interface) {
-                Ok(removed) if interface.name.is_empty() => {
-                    tracing::debug!(index, ?removed, "pins of an interface that went are removed");
-                }
-                Ok(_) => tracing::info!(uplink = interface.name, "no uplink any more: programs are detached"),
-                Err(error) => tracing::warn!(uplink = interface.name, "programs stay attached: {error:#}"),
+            let interface = view.interfaces.iter().find(|interface| interface.index == index);
+            let detached = match interface {
+                Some(interface) => attach::detach(&self.pin_path, interface),
+                // The link led to an interface that went, but its pin is still there.
+                None => attach::unpin(&self.pin_path, index),
+            };
+            let name = interface.map_or("", |interface| interface.name.as_str());
+            match detached {
+                Ok(_) if name.is_empty() => tracing::debug!(index, "pins of an interface that went are removed"),
+                Ok(_) => tracing::info!(uplink = name, "no uplink any more: programs are detached"),
+                Err(error) => tracing::warn!(uplink = name, "programs stay attached: {error:#}"),
             }
             self.attached.retain(|interface| interface.index != index);
         }
@@ -261,7 +259,7 @@ pub fn cleanup(pin_path: &Path) -> anyhow::Result<Vec<String>> {
     preflight::check(pin_path)?;
     let mut removed = Vec::new();
     for index in attach::pinned(pin_path) {
-        removed.extend(attach::detach(pin_path, &Interface { index, name: String::new(), header: None })?);
+        removed.extend(attach::unpin(pin_path, index)?);
     }
     for interface in nix::net::if_::if_nameindex().context("interfaces cannot be listed")?.iter() {
         let name = interface.name().to_string_lossy();

@@ -1,0 +1,286 @@
+//! The agent comes and goes; traffic does not notice.
+
+use std::{
+    collections::BTreeSet,
+    io::{Read as _, Write as _},
+    net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
+
+use proxier_tests::{
+    exchange::{PATIENCE, Protocol},
+    neighbour::{Neighbour, Verdict},
+    responder::Sighting,
+    scenario::{Scenario, externals},
+    skip_unless_root,
+    topology::{LabSpec, UPLINK},
+};
+
+/// A connection that stays open, and the pod at its other end.
+struct Connection {
+    stream: TcpStream,
+    pod: String,
+}
+
+impl Connection {
+    fn open(scenario: &Scenario, external: IpAddr, from_port: u16) -> Self {
+        let from = SocketAddr::new(scenario.lab.client.address(external), from_port);
+        let mut stream =
+            scenario.lab.client.connect(from, SocketAddr::new(external, 8443), PATIENCE).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut banner = [0; 256];
+        let size = stream.read(&mut banner).unwrap();
+        Self { stream, pod: Sighting::in_answer(&banner[..size]).unwrap().host }
+    }
+
+    fn goes_on(&mut self, when: &str) {
+        let mut echo = [0; 8];
+        self.stream.write_all(b"question").unwrap();
+        self.stream.read_exact(&mut echo).unwrap_or_else(|error| panic!("{when}: {error}"));
+        assert_eq!(&echo, b"question", "{when}");
+    }
+}
+
+/// Sends numbered datagrams to `external` while `work` goes on, and returns how many were sent and which of them
+/// were never answered.
+fn lost_during(
+    scenario: &mut Scenario,
+    external: IpAddr,
+    work: impl FnOnce(&mut Scenario),
+) -> (u32, BTreeSet<u32>) {
+    let from = SocketAddr::new(scenario.lab.client.address(external), 42000);
+    let socket = scenario.lab.client.udp(from).unwrap();
+    socket.connect(SocketAddr::new(external, 5060)).unwrap();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            let mut sent = 0_u32;
+            while !stop.load(Ordering::Relaxed) {
+                socket.send(&sent.to_be_bytes()).unwrap();
+                sent += 1;
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            sent
+        });
+        let receiver = scope.spawn(|| received(&socket, &stop));
+        // Also when the work fails: the threads would wait for ever.
+        let worked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(scenario)));
+        stop.store(true, Ordering::Relaxed);
+        let sent = sender.join().unwrap();
+        let received = receiver.join().unwrap();
+        if let Err(panic) = worked {
+            std::panic::resume_unwind(panic);
+        }
+        (sent, (0..sent).filter(|number| !received.contains(number)).collect())
+    })
+}
+
+fn received(socket: &UdpSocket, stop: &AtomicBool) -> BTreeSet<u32> {
+    socket.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+    let mut numbers = BTreeSet::new();
+    let mut buffer = [0; 2048];
+    loop {
+        match socket.recv(&mut buffer) {
+            Ok(size) => {
+                numbers.extend(buffer[..size].last_chunk().map(|number| u32::from_be_bytes(*number)));
+            }
+            // What has not come half a second after the last was sent will not come.
+            Err(_) if stop.load(Ordering::Relaxed) => return numbers,
+            Err(_) => {}
+        }
+    }
+}
+
+fn traffic_goes_on_without_the_agent(attach: &str) {
+    let mut scenario = Scenario::start(&LabSpec::unique(), &["--attach", attach]);
+    let mut connections = externals().map(|external| Connection::open(&scenario, external, 42000));
+    scenario.kill_agent();
+    for (external, connection) in externals().into_iter().zip(&mut connections) {
+        connection.goes_on("after kill -9");
+        for (from_port, protocol) in (43000..).zip(Protocol::ALL) {
+            let outcome = scenario.ask(&scenario.question(protocol, from_port, external, 5060));
+            assert_eq!(outcome.pods(), [connection.pod.as_str()], "the session is kept");
+        }
+    }
+    let flows = scenario.get("flows");
+    scenario.start_agent();
+    for row in &flows {
+        let same = |other: &&serde_json::Value| {
+            ["protocol", "peer", "peerPort", "external", "pod", "podPort"]
+                .iter()
+                .all(|field| row[field] == other[field])
+        };
+        assert!(scenario.get("flows").iter().any(|other| same(&other)), "the new agent has lost {row}");
+    }
+    for (external, connection) in externals().into_iter().zip(&mut connections) {
+        connection.goes_on("after another agent has started");
+        let outcome = scenario.ask(&scenario.question(Protocol::Udp, 44000, external, 5060));
+        assert_eq!(outcome.pods(), [connection.pod.as_str()], "the session is adopted");
+    }
+    scenario.stop_agent();
+    for connection in &mut connections {
+        connection.goes_on("after SIGTERM");
+    }
+}
+
+#[test]
+fn traffic_goes_on_when_the_agent_is_killed_and_comes_back_by_tcx() {
+    skip_unless_root!();
+    traffic_goes_on_without_the_agent("tcx");
+}
+
+#[test]
+fn traffic_goes_on_when_the_agent_is_killed_and_comes_back_by_clsact() {
+    skip_unless_root!();
+    traffic_goes_on_without_the_agent("clsact");
+}
+
+fn no_packet_is_lost_over_restarts(attach: &str) {
+    let mut scenario = Scenario::start(&LabSpec::unique(), &["--attach", attach]);
+    for external in externals() {
+        let (sent, lost) = lost_during(&mut scenario, external, |scenario| {
+            for _ in 0..3 {
+                scenario.kill_agent();
+                scenario.start_agent();
+            }
+            scenario.stop_agent();
+            scenario.start_agent();
+        });
+        assert!(sent > 100, "only {sent} datagrams were sent");
+        assert!(lost.is_empty(), "{} of {sent} datagrams to {external} were lost: {lost:?}", lost.len());
+    }
+}
+
+#[test]
+fn no_packet_is_lost_over_restarts_by_tcx() {
+    skip_unless_root!();
+    no_packet_is_lost_over_restarts("tcx");
+}
+
+#[test]
+fn no_packet_is_lost_over_restarts_by_clsact() {
+    skip_unless_root!();
+    no_packet_is_lost_over_restarts("clsact");
+}
+
+#[test]
+fn no_packet_is_lost_when_another_way_of_attaching_is_chosen() {
+    skip_unless_root!();
+    let mut scenario = Scenario::start(&LabSpec::unique(), &["--attach", "tcx"]);
+    let [v4, _] = externals();
+    let (sent, lost) = lost_during(&mut scenario, v4, |scenario| {
+        for attach in ["clsact", "tcx"] {
+            scenario.stop_agent();
+            scenario.spec.arguments = vec!["--attach".into(), attach.into()];
+            scenario.start_agent();
+        }
+    });
+    assert!(lost.is_empty(), "{} of {sent} datagrams were lost: {lost:?}", lost.len());
+}
+
+#[test]
+fn no_packet_is_lost_while_other_pods_come_and_go() {
+    skip_unless_root!();
+    let mut scenario = Scenario::start(&LabSpec::unique(), &[]);
+    let [v4, _] = externals();
+    let client = scenario.lab.client.address(v4);
+    let stays = scenario.pod_of(client, v4).host;
+    let one = scenario.pod(&stays);
+    let all = scenario.all_pods();
+    let (sent, lost) = lost_during(&mut scenario, v4, |scenario| {
+        for _ in 0..5 {
+            for pods in [&one, &all] {
+                scenario.write_pods(pods);
+                let known = proxier_tests::wait::until(PATIENCE, || {
+                    (scenario.get("endpoints").len() == pods.len()).then_some(())
+                });
+                assert!(known.is_some(), "{:?}", scenario.get("endpoints"));
+            }
+        }
+    });
+    assert!(sent > 100, "only {sent} datagrams were sent");
+    assert!(lost.is_empty(), "{} of {sent} datagrams were lost: {lost:?}", lost.len());
+}
+
+#[test]
+fn what_changed_while_no_agent_ran_is_caught_up_with() {
+    skip_unless_root!();
+    let mut scenario = Scenario::start(&LabSpec::unique(), &[]);
+    let [v4, v6] = externals();
+    let client = scenario.lab.client.address(v4);
+    let was_on = scenario.pod_of(client, v4).host;
+    scenario.kill_agent();
+    let other = if was_on == "alpine-1" { "alpine-2" } else { "alpine-1" };
+    scenario.write_pods(&scenario.pod(other));
+    scenario.write("service.yaml", &proxier_tests::manifests::service("web", &[v4]));
+    scenario.start_agent();
+    assert_eq!(scenario.pod_of(client, v4).host, other);
+    scenario.wait_for_silence(v6);
+    assert_eq!(scenario.get("services").len(), 1);
+}
+
+fn cleanup_leaves_nothing(attach: &str) {
+    let mut scenario = Scenario::start(&LabSpec::unique(), &["--attach", attach]);
+    let [v4, _] = externals();
+    let _ = scenario.ask(&scenario.question(Protocol::Udp, 42000, v4, 5060));
+    let attached = scenario.on_node("bpftool", &["net"]);
+    assert!(attached.contains("proxier_request") && attached.contains("proxier_reply"), "{attached}");
+    scenario.kill_agent();
+
+    let output = scenario.proxier(&["cleanup"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(!scenario.lab.pin_path().exists(), "{} is still there", scenario.lab.pin_path().display());
+    let attached = scenario.on_node("bpftool", &["net"]);
+    assert!(!attached.contains("proxier"), "{attached}");
+    let outcome =
+        scenario.question(Protocol::Udp, 42001, v4, 5060).expecting_silence().ask(&scenario.lab).unwrap();
+    outcome.answer.unwrap_err();
+
+    // There is nothing left to remove, which is no error: a DaemonSet's last words may be said twice.
+    let again = scenario.proxier(&["cleanup"]);
+    assert!(again.status.success(), "{}", String::from_utf8_lossy(&again.stderr));
+    scenario.start_agent();
+    let _ = scenario.ask(&scenario.question(Protocol::Udp, 42002, v4, 5060));
+}
+
+#[test]
+fn cleanup_leaves_nothing_of_tcx() {
+    skip_unless_root!();
+    cleanup_leaves_nothing("tcx");
+}
+
+#[test]
+fn cleanup_leaves_nothing_of_clsact() {
+    skip_unless_root!();
+    cleanup_leaves_nothing("clsact");
+}
+
+#[test]
+fn other_programs_on_the_hook_still_decide() {
+    skip_unless_root!();
+    let scenario = Scenario::start(&LabSpec::unique(), &["--attach", "tcx"]);
+    let [v4, _] = externals();
+    let pod = scenario.lab.pods[0].host.address(v4);
+    let to_pod = scenario.question(Protocol::Icmp, 7, pod, 0);
+    let to_service = scenario.question(Protocol::Icmp, 8, v4, 0);
+    let _ = scenario.ask(&to_pod);
+    let _ = scenario.ask(&to_service);
+    let neighbour = Neighbour::attach(&scenario.lab.node.namespace, UPLINK, Verdict::Drop).unwrap();
+    to_pod.expecting_silence().ask(&scenario.lab).unwrap().answer.unwrap_err();
+    to_service.expecting_silence().ask(&scenario.lab).unwrap().answer.unwrap_err();
+    drop(neighbour);
+    let _ = scenario.ask(&to_pod);
+}
+
+#[test]
+fn proxier_comes_before_programs_that_were_there_first() {
+    skip_unless_root!();
+    let mut scenario = Scenario::prepare(&LabSpec::unique(), &["--attach", "tcx"]);
+    // It takes every packet, and would leave none for proxier.
+    let _neighbour = Neighbour::attach(&scenario.lab.node.namespace, UPLINK, Verdict::Pass).unwrap();
+    scenario.start_agent();
+    for external in externals() {
+        let _ = scenario.ask(&scenario.question(Protocol::Udp, 42000, external, 5060));
+    }
+}
