@@ -35,6 +35,13 @@ pub const fn apply(field: u16, difference: u32) -> u16 {
     !((sum & 0xffff) as u16)
 }
 
+/// What a checksum gains when the 16-bit word `old` becomes `new`.
+#[inline(always)]
+#[must_use]
+pub const fn word_difference(old: u16, new: u16) -> u32 {
+    !old as u32 + new as u32
+}
+
 /// The sum of a word's two halves, which the one's complement sum of its 16-bit words equals.
 #[inline(always)]
 const fn halves(word: u64) -> u64 {
@@ -43,7 +50,8 @@ const fn halves(word: u64) -> u64 {
 
 /// Folds the carries of up to 2^32 words back in.
 #[inline(always)]
-const fn fold_to_32(sum: u64) -> u32 {
+#[must_use]
+pub const fn fold_to_32(sum: u64) -> u32 {
     let sum = halves(halves(sum));
     (sum & 0xffff_ffff) as u32
 }

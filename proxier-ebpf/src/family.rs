@@ -36,12 +36,32 @@ pub struct Payload {
     pub protocol: u8,
     /// Whether it is a fragment.
     pub fragment: Fragment,
+    /// Whether it belongs to a packet that an ICMP error quotes.
+    pub quoted: bool,
 }
 
 impl Payload {
-    /// To be filled in by [`Family::payload`].
-    pub const EMPTY: Self =
-        Self { offset: 0, end: 0, identification: 0, protocol: 0, fragment: Fragment::Whole };
+    /// To be filled in by [`Family::payload`], for a packet that ends before `limit`. One that is `quoted` by an ICMP
+    /// error may be cut short there (RFC 792, RFC 4443 section 2.4).
+    #[inline(always)]
+    #[must_use]
+    pub const fn within(limit: u32, quoted: bool) -> Self {
+        Self { offset: 0, end: limit, identification: 0, protocol: 0, fragment: Fragment::Whole, quoted }
+    }
+
+    /// Where the IP packet at `offset` ends; 0 if that is behind the limit. A total length of 0 is that of a packet of
+    /// more than 64 KiB that never leaves the machine in one piece (BIG TCP, Linux 5.19 and 6.3): the limit counts.
+    #[inline(always)]
+    const fn end_of_packet(&self, offset: u32, total_length: u32) -> u32 {
+        let (limit, end) = (self.end, offset + total_length);
+        if total_length == 0 || self.quoted && end > limit {
+            limit
+        } else if end <= limit {
+            end
+        } else {
+            0
+        }
+    }
 }
 
 /// One address family.
@@ -61,7 +81,7 @@ pub trait Family {
     /// The destination address.
     fn destination(header: &Self::Header) -> Address;
 
-    /// Finds the transport header and fills in `payload`. `false` means that the packet is broken, or not one that
+    /// Finds the transport header and fills in `payload`, as [`Payload::within`] made it. `false` means that the packet is broken, or not one that
     /// NAT may touch.
     fn payload<P: Packet>(packet: &P, offset: u32, header: &Self::Header, payload: &mut Payload) -> bool;
 
@@ -70,6 +90,11 @@ pub trait Family {
 
     /// What a checksum over an address gains when `old` becomes `new`.
     fn difference(old: Address, new: Address) -> u32;
+
+    /// What the checksum of an ICMP error gains when an address of its own header changes by `outer` and one of the
+    /// header that it quotes by `quoted`. For IPv4 nothing: the outer addresses are not covered, and the quoted header's
+    /// own checksum makes up for the quoted address. For IPv6 both (RFC 4443, section 2.3).
+    fn error_difference(outer: u32, quoted: u32) -> u64;
 
     /// Replaces the source address of the header at `offset`, and mends the header's own checksum.
     ///
@@ -149,11 +174,11 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn payload<P: Packet>(packet: &P, offset: u32, header: &Self::Header, payload: &mut Payload) -> bool {
+    fn payload<P: Packet>(_packet: &P, offset: u32, header: &Self::Header, payload: &mut Payload) -> bool {
         let header_length = u32::from(header.version_and_length & 0x0f) * 4;
         let field = u16::from_be_bytes(header.fragment);
         payload.offset = offset + header_length;
-        payload.end = end_of_packet(packet, offset, u16::from_be_bytes(header.total_length).into());
+        payload.end = payload.end_of_packet(offset, u16::from_be_bytes(header.total_length).into());
         payload.protocol = header.protocol;
         payload.fragment = if field & V4_FRAGMENT_OFFSET != 0 {
             Fragment::Later
@@ -174,6 +199,11 @@ impl Family for V4 {
     #[inline(always)]
     fn difference(old: Address, new: Address) -> u32 {
         checksum::v4_difference(old, new)
+    }
+
+    #[inline(always)]
+    fn error_difference(_outer: u32, _quoted: u32) -> u64 {
+        0
     }
 
     #[inline(always)]
@@ -266,7 +296,7 @@ impl Family for V6 {
     fn payload<P: Packet>(packet: &P, offset: u32, header: &Self::Header, payload: &mut Payload) -> bool {
         let payload_length = u32::from(u16::from_be_bytes(header.payload_length));
         let total_length = if payload_length == 0 { 0 } else { payload_length + V6_HEADER_LENGTH };
-        payload.end = end_of_packet(packet, offset, total_length);
+        payload.end = payload.end_of_packet(offset, total_length);
         payload.fragment = Fragment::Whole;
         payload.identification = 0;
         let mut protocol = header.next_header;
@@ -319,6 +349,11 @@ impl Family for V6 {
     }
 
     #[inline(always)]
+    fn error_difference(outer: u32, quoted: u32) -> u64 {
+        outer as u64 + quoted as u64
+    }
+
+    #[inline(always)]
     fn store_source<P: Packet>(
         packet: &mut P,
         offset: u32,
@@ -349,16 +384,4 @@ const fn is_extension(protocol: u8) -> bool {
             | extension::AUTHENTICATION
             | extension::FRAGMENT
     )
-}
-
-/// Where the IP packet ends; 0 if that is behind the end of the frame. A total length of 0 is that of a packet of more
-/// than 64 KiB that never leaves the machine in one piece (BIG TCP, Linux 5.19 and 6.3): the frame's length counts.
-#[inline(always)]
-fn end_of_packet<P: Packet>(packet: &P, offset: u32, total_length: u32) -> u32 {
-    let frame = packet.length();
-    match offset + total_length {
-        _ if total_length == 0 => frame,
-        end if end <= frame => end,
-        _ => 0,
-    }
 }

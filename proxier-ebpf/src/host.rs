@@ -77,6 +77,10 @@ impl Packet for HostPacket {
         self.write(offset, &field.to_ne_bytes())
     }
 
+    fn store_checksum(&mut self, offset: u32, checksum: u16) -> Result<(), WriteError> {
+        self.write(offset, &checksum.to_ne_bytes())
+    }
+
     fn adjust_header_checksum(&mut self, offset: u32, difference: u32) -> Result<(), WriteError> {
         let field: u16 = self.load(offset).ok_or(WriteError)?;
         self.write(offset, &checksum::apply(field, difference).to_ne_bytes())

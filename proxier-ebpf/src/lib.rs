@@ -16,6 +16,7 @@ pub mod checksum;
 pub mod family;
 #[cfg(not(target_arch = "bpf"))]
 pub mod host;
+pub mod icmp_error;
 pub mod packet;
 pub mod reply;
 pub mod request;

@@ -59,6 +59,13 @@ pub trait Packet {
         zero_means_none: bool,
     ) -> Result<(), WriteError>;
 
+    /// Writes a checksum field inside what an ICMP message covers, or the message's own.
+    ///
+    /// # Errors
+    ///
+    /// [`WriteError`]; this write has not happened.
+    fn store_checksum(&mut self, offset: u32, checksum: u16) -> Result<(), WriteError>;
+
     /// Adds `difference` to the IPv4 header checksum at `offset`.
     ///
     /// # Errors

@@ -11,6 +11,7 @@ use proxier_common::{
 
 use crate::{
     family::{Family, Fragment, Payload},
+    icmp_error,
     packet::{NetworkHeader, Packet},
     rewrite,
     tables::{FlowEntry, Tables},
@@ -37,12 +38,15 @@ fn of_family<F: Family, P: Packet, T: Tables>(packet: &mut P, tables: &T, offset
     let Some(header) = F::header(packet, offset) else {
         return Verdict::Next;
     };
-    let mut payload = Payload::EMPTY;
+    let mut payload = Payload::within(packet.length(), false);
     let mut transport = Transport::EMPTY;
     if !F::payload(packet, offset, &header, &mut payload)
         || transport::read(packet, &payload, &mut transport).is_err()
     {
         return Verdict::Next;
+    }
+    if let Kind::IcmpError = transport.kind {
+        return icmp_error::to_client::<F, P, T>(packet, tables, offset, &F::source(&header), &payload);
     }
     let (pod, peer) = (F::source(&header), F::destination(&header));
     let mut external = pod;

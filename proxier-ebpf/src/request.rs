@@ -9,6 +9,7 @@ use proxier_common::{
 
 use crate::{
     family::{Family, Payload},
+    icmp_error,
     packet::{NetworkHeader, Packet},
     rewrite,
     tables::{FlowEntry, InsertError, SessionEntry, Tables},
@@ -37,7 +38,7 @@ fn of_family<F: Family, P: Packet, T: Tables>(packet: &mut P, tables: &T, offset
         return Verdict::Next;
     };
     let peer = F::source(&header);
-    let mut payload = Payload::EMPTY;
+    let mut payload = Payload::within(packet.length(), false);
     if !F::payload(packet, offset, &header, &mut payload) {
         return Verdict::Next;
     }
@@ -47,10 +48,10 @@ fn of_family<F: Family, P: Packet, T: Tables>(packet: &mut P, tables: &T, offset
         Err(TransportError::Truncated) => return Verdict::Next,
         Err(TransportError::TinyFragment) => return Verdict::Drop(DropReason::TinyFragment),
     }
-    // An error quotes a packet in which the pod must be found again; to rewrite its outer address alone would hand
-    // the pod an error about a conversation it does not know.
-    if let Kind::NeighbourDiscovery | Kind::IcmpError = transport.kind {
-        return Verdict::Next;
+    match transport.kind {
+        Kind::NeighbourDiscovery => return Verdict::Next,
+        Kind::IcmpError => return icmp_error::to_pod::<F, P, T>(packet, tables, offset, &external, &payload),
+        _ => {}
     }
     if service.backend_count == 0 {
         return if service.flags & SERVICE_PASS_WITHOUT_BACKEND != 0 {

@@ -101,7 +101,11 @@ struct Layout {
     zero_means_none: bool,
 }
 
-/// Reads the transport header that `payload` points at into `transport`.
+/// How much of a transport header every ICMP error quotes (RFC 792).
+const QUOTED: u32 = 8;
+
+/// Reads the transport header that `payload` points at into `transport`. Of a quoted one, ports and identifier are
+/// enough; a checksum that is not all there counts as none.
 ///
 /// # Errors
 ///
@@ -133,11 +137,13 @@ pub fn read<P: Packet>(
     };
     let available = payload.end.saturating_sub(payload.offset);
     match payload.fragment {
+        _ if payload.quoted && available < QUOTED => return Err(TransportError::Truncated),
+        _ if payload.quoted => {}
         Fragment::Whole if available < layout.whole => return Err(TransportError::Truncated),
         Fragment::First if available < layout.first_fragment => return Err(TransportError::TinyFragment),
         _ => {}
     }
-    if layout.checksum != 0 {
+    if layout.checksum != 0 && available >= layout.first_fragment {
         transport.checksum_offset = payload.offset + layout.checksum;
         transport.zero_means_none = layout.zero_means_none;
     }
@@ -154,7 +160,7 @@ pub fn read<P: Packet>(
     let ports: [u8; 4] = packet.load(payload.offset).ok_or(TransportError::Truncated)?;
     transport.source_port = u16::from_ne_bytes([ports[0], ports[1]]);
     transport.destination_port = u16::from_ne_bytes([ports[2], ports[3]]);
-    if payload.protocol == protocol::TCP {
+    if payload.protocol == protocol::TCP && !payload.quoted {
         transport.tcp_flags = packet.load(payload.offset + 13).ok_or(TransportError::Truncated)?;
     }
     Ok(())

@@ -164,19 +164,6 @@ fn neighbour_discovery_is_never_rewritten() {
 }
 
 #[test]
-fn icmp_errors_are_left_alone_in_both_directions() {
-    for (net, types) in [(V4, vec![3, 4, 5, 11, 12]), (V6, vec![1, 2, 3, 4])] {
-        for icmp_type in types {
-            let tables = tables(&[net.external], &[net.pod]);
-            let mut packet = plain(net.client, net.external, net.icmp, (icmp_type, 0));
-            assert_eq!(request(&mut packet, &tables), Verdict::Next, "type {icmp_type}");
-            let mut packet = plain(net.pod, net.client, net.icmp, (icmp_type, 0));
-            assert_eq!(reply(&mut packet, &tables), Verdict::Next, "type {icmp_type}");
-        }
-    }
-}
-
-#[test]
 fn other_icmp_messages_reach_the_pod_and_await_nothing() {
     for (net, icmp_type) in [(V4, 9), (V4, 40), (V6, 130), (V6, 160)] {
         let tables = tables(&[net.external], &[net.pod]);

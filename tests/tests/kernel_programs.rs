@@ -2,6 +2,11 @@
 //! core decides on a host, the kernel must decide too, byte for byte; and the kernel's own idea of a packet's checksum
 //! (CHECKSUM_COMPLETE) must still be right afterwards.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test file, all of it; the lint knows tests only by their attribute"
+)]
+
 // One set of packet builders for all tests of the core. They are the core's own tests' and live with them.
 #[path = "../../proxier-ebpf/tests/common/mod.rs"]
 mod common;
@@ -221,17 +226,16 @@ fn the_kernel_rewrites_as_the_host_does() {
                     checksum_complete(kernel, "proxier_reply", &back);
                 }
             }
-            for (query, answer) in [if net.icmp == ICMP { (8, 0) } else { (128, 129) }] {
-                let tables = tables(&[net.external], &[net.pod]);
-                kernel.set(&tables);
-                let there = plain(net.client, net.external, net.icmp, (query, 9));
-                let back = plain(net.pod, net.client, net.icmp, (answer, 9));
-                assert_eq!(both(kernel, &tables, "proxier_request", &there).0, Verdict::Rewritten);
-                assert_eq!(both(kernel, &tables, "proxier_reply", &back).0, Verdict::Rewritten);
-                if kernel_has_checksum_complete() {
-                    checksum_complete(kernel, "proxier_request", &there);
-                    checksum_complete(kernel, "proxier_reply", &back);
-                }
+            let (query, answer) = if net.icmp == ICMP { (8, 0) } else { (128, 129) };
+            let tables = tables(&[net.external], &[net.pod]);
+            kernel.set(&tables);
+            let there = plain(net.client, net.external, net.icmp, (query, 9));
+            let back = plain(net.pod, net.client, net.icmp, (answer, 9));
+            assert_eq!(both(kernel, &tables, "proxier_request", &there).0, Verdict::Rewritten);
+            assert_eq!(both(kernel, &tables, "proxier_reply", &back).0, Verdict::Rewritten);
+            if kernel_has_checksum_complete() {
+                checksum_complete(kernel, "proxier_request", &there);
+                checksum_complete(kernel, "proxier_reply", &back);
             }
         }
     });
@@ -339,6 +343,35 @@ fn a_udp_checksum_of_zero_stays_zero_in_the_kernel() {
             let packet = frame(&Network::default(), net.client, net.external, UDP, &bytes);
             let (_, rewritten) = both(kernel, &tables, "proxier_request", &packet);
             assert_eq!(seen(&rewritten).segment[6..8], [0, 0]);
+        }
+    });
+}
+
+#[test]
+fn icmp_errors_are_translated_in_the_kernel_as_on_the_host() {
+    with_kernel(|kernel| {
+        for net in BOTH {
+            for protocol in [TCP, UDP, SCTP, GRE] {
+                for length in [48, 60, usize::MAX] {
+                    let tables = tables(&[net.external], &[net.pod]);
+                    kernel.set(&tables);
+                    let there = plain(net.client, net.external, protocol, (40_000, 443));
+                    both(kernel, &tables, "proxier_request", &there);
+                    let about_reply = plain(net.external, net.client, protocol, (443, 40_000));
+                    let about_request = plain(net.client, net.pod, protocol, (40_000, 443));
+                    for kind in errors(&net) {
+                        let inbound = error(&net, router(&net), net.external, kind, &about_reply, length);
+                        let outbound = error(&net, net.pod, net.client, kind, &about_request, length);
+                        for (program, packet) in [("proxier_request", inbound), ("proxier_reply", outbound)] {
+                            let (verdict, _) = both(kernel, &tables, program, &packet);
+                            assert_eq!(verdict, Verdict::Rewritten, "{program}, protocol {protocol}");
+                            if kernel_has_checksum_complete() {
+                                checksum_complete(kernel, program, &packet);
+                            }
+                        }
+                    }
+                }
+            }
         }
     });
 }

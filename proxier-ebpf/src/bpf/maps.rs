@@ -1,6 +1,9 @@
 //! The maps and the clock, in the kernel. Names have at most 15 characters (`BPF_OBJ_NAME_LEN`).
 
-use core::{mem, ptr};
+use core::{
+    mem::{self, offset_of},
+    ptr,
+};
 
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_F_NO_PREALLOC, BPF_NOEXIST},
@@ -55,57 +58,69 @@ pub(super) fn count_drop(counter: u32) {
 /// The maps of this object.
 pub(super) struct KernelTables;
 
+/// A value in a map, of four words.
+///
+/// It outlives the program's run (RCU), but other CPUs read and write it at the same time. Volatile accesses by whole
+/// words are what READ_ONCE and WRITE_ONCE are in the kernel: never torn, never repeated. The fields are read together,
+/// so that the compiler copies words, not bytes.
+pub(super) struct Entry<V>(*mut V);
+
 /// A flow in the map.
-pub(super) struct KernelFlow(*mut FlowValue);
+pub(super) type KernelFlow = Entry<FlowValue>;
 
 /// A session in the map.
-pub(super) struct KernelSession(*mut SessionValue);
+pub(super) type KernelSession = Entry<SessionValue>;
 
-// Values of a map outlive a program's run (RCU), but other CPUs read and write them at the same time. Volatile
-// accesses by whole words are what READ_ONCE and WRITE_ONCE are in the kernel: never torn, never repeated. The fields
-// are read together, so that the compiler copies words, not bytes.
+impl<V> Entry<V> {
+    #[inline(always)]
+    fn words(&self) -> [u64; 4] {
+        const { assert!(size_of::<V>() == 32 && align_of::<V>() == 8) };
+        // SAFETY: a look-up in this run returned the pointer to a `V`, which has this size and alignment.
+        unsafe { ptr::read_volatile(self.0.cast()) }
+    }
+
+    /// Writes the field of type `T` at `offset` of `V`.
+    #[inline(always)]
+    fn write<T>(&self, offset: usize, value: T) {
+        let field = self.0.wrapping_byte_add(offset).cast::<T>();
+        // SAFETY: as in `words`; callers take the offset of a field of this type from `offset_of!`.
+        unsafe { ptr::write_volatile(field, value) };
+    }
+}
 
 impl FlowEntry for KernelFlow {
     #[inline(always)]
     fn value(&self) -> FlowValue {
-        // SAFETY: a look-up in this run returned the pointer, and values are aligned to 8 bytes; see above.
-        let words = unsafe { ptr::read_volatile(self.0.cast::<[u64; 4]>()) };
         // SAFETY: both types have 32 bytes, and any bytes make a value of plain integers.
-        unsafe { mem::transmute::<[u64; 4], FlowValue>(words) }
+        unsafe { mem::transmute::<[u64; 4], FlowValue>(self.words()) }
     }
 
     #[inline(always)]
     fn set_last_seen(&self, now: u64) {
-        // SAFETY: as in `value`.
-        unsafe { ptr::write_volatile(&raw mut (*self.0).last_seen, now) };
+        self.write(offset_of!(FlowValue, last_seen), now);
     }
 
     #[inline(always)]
     fn set_tcp_state(&self, state: u8) {
-        // SAFETY: as in `value`.
-        unsafe { ptr::write_volatile(&raw mut (*self.0).tcp_state, state) };
+        self.write(offset_of!(FlowValue, tcp_state), state);
     }
 }
 
 impl SessionEntry for KernelSession {
     #[inline(always)]
     fn value(&self) -> SessionValue {
-        // SAFETY: a look-up in this run returned the pointer, and values are aligned to 8 bytes; see above.
-        let words = unsafe { ptr::read_volatile(self.0.cast::<[u64; 4]>()) };
         // SAFETY: both types have 32 bytes, and any bytes make a value of plain integers.
-        unsafe { mem::transmute::<[u64; 4], SessionValue>(words) }
+        unsafe { mem::transmute::<[u64; 4], SessionValue>(self.words()) }
     }
 
     #[inline(always)]
     fn set_last_seen(&self, now: u64) {
-        // SAFETY: as in `value`.
-        unsafe { ptr::write_volatile(&raw mut (*self.0).last_seen, now) };
+        self.write(offset_of!(SessionValue, last_seen), now);
     }
 
     #[inline(always)]
     fn set_generation(&self, generation: u32) {
-        // SAFETY: as in `value`.
-        unsafe { ptr::write_volatile(&raw mut (*self.0).generation, generation) };
+        self.write(offset_of!(SessionValue, generation), generation);
     }
 }
 
@@ -139,7 +154,7 @@ impl Tables for KernelTables {
 
     #[inline(always)]
     fn session(&self, key: &SessionKey) -> Option<KernelSession> {
-        SESSIONS.get_ptr_mut(key).map(KernelSession)
+        SESSIONS.get_ptr_mut(key).map(Entry)
     }
 
     #[inline(always)]
@@ -150,7 +165,7 @@ impl Tables for KernelTables {
 
     #[inline(always)]
     fn flow(&self, key: &FlowKey) -> Option<KernelFlow> {
-        FLOWS.get_ptr_mut(key).map(KernelFlow)
+        FLOWS.get_ptr_mut(key).map(Entry)
     }
 
     #[inline(always)]

@@ -1,5 +1,7 @@
 //! Everything that only compiles for the kernel: entry points here, adapters of the core's traits in the modules.
 
+#![expect(clippy::needless_pass_by_value, reason = "entry points are as aya's macro calls them")]
+
 mod maps;
 mod skb;
 

@@ -35,7 +35,8 @@ impl<const LINK_HEADER: u32> Packet for Skb<'_, LINK_HEADER> {
     fn network_header(&self) -> Option<NetworkHeader> {
         // SAFETY: the kernel hands over a valid context, and `protocol` is readable at this hook.
         let protocol = unsafe { (*self.context.skb.skb).protocol };
-        match u16::from_be(protocol as u16) {
+        // 16 bits in network order, in the lower half of the field.
+        match u16::from_be((protocol & 0xffff) as u16) {
             ETHERTYPE_IPV4 => Some(NetworkHeader::V4(LINK_HEADER)),
             ETHERTYPE_IPV6 => Some(NetworkHeader::V6(LINK_HEADER)),
             // The kernel takes one tag off and keeps it beside the data; this is a second one, within.
@@ -76,6 +77,15 @@ impl<const LINK_HEADER: u32> Packet for Skb<'_, LINK_HEADER> {
         }
         // A size of 0, in the lowest bits of the flags, says that `to` is a difference.
         self.context.l4_csum_replace(offset as usize, 0, u64::from(difference), flags).map_err(|_| WriteError)
+    }
+
+    #[inline(always)]
+    fn store_checksum(&mut self, offset: u32, checksum: u16) -> Result<(), WriteError> {
+        // The kernel computes the checksums of the ICMP errors it makes itself, so none is left to hardware. RECOMPUTE_CSUM
+        // keeps a CHECKSUM_COMPLETE right, whatever this field makes up for.
+        self.context
+            .store(offset as usize, &checksum, u64::from(BPF_F_RECOMPUTE_CSUM))
+            .map_err(|_| WriteError)
     }
 
     #[inline(always)]

@@ -288,6 +288,33 @@ pub fn plain(source: IpAddr, destination: IpAddr, protocol: u8, ports: (u16, u16
     packet(&Network::default(), source, destination, protocol, ports, b"hello, whole address")
 }
 
+/// Type and code of "packet too big" and of "port unreachable".
+pub fn errors(net: &Net) -> [(u8, u8); 2] {
+    if net.icmp == ICMP { [(3, 4), (3, 3)] } else { [(2, 0), (1, 4)] }
+}
+
+/// Somebody on the way.
+pub fn router(net: &Net) -> IpAddr {
+    match net.client {
+        IpAddr::V4(_) => [192, 0, 2, 1].into(),
+        IpAddr::V6(_) => IpAddr::V6("2001:db8::1".parse().unwrap()),
+    }
+}
+
+/// The error of this type and code that quotes the first `length` bytes of the IP packet in `about`.
+pub fn error(
+    net: &Net,
+    source: IpAddr,
+    destination: IpAddr,
+    (kind, code): (u8, u8),
+    about: &HostPacket,
+    length: usize,
+) -> HostPacket {
+    let mut message = vec![kind, code, 0, 0, 0, 0, 5, 20];
+    message.extend(about.bytes[14..].iter().take(length));
+    frame(&Network::default(), source, destination, net.icmp, &seal(source, destination, net.icmp, message))
+}
+
 /// What the packet says, read by etherparse.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Seen {

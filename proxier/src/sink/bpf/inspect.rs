@@ -82,6 +82,25 @@ pub struct FlowRow {
     pub idle_seconds: u64,
 }
 
+/// A client that stays on a pod, whatever its ports and protocols.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SessionRow {
+    /// The Service's namespace; empty if the table of names has lost it.
+    pub namespace: String,
+    /// The Service's name; empty if the table of names has lost it.
+    pub name: String,
+    /// The external address.
+    pub external: IpAddr,
+    /// The client's address.
+    pub peer: IpAddr,
+    /// The pod's address.
+    pub pod: IpAddr,
+    /// Seconds since the client last sent something. Past the Service's affinity timeout the session counts no more,
+    /// but stays in the table until the client comes again or another one needs its place.
+    pub idle_seconds: u64,
+}
+
 /// Packets dropped at one place for one reason.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -117,9 +136,7 @@ pub fn services(pin_path: &Path) -> anyhow::Result<Vec<ServiceRow>> {
             no_backend: if value.flags & SERVICE_PASS_WITHOUT_BACKEND == 0 { "drop" } else { "pass" },
         });
     }
-    rows.sort_by(|a, b| {
-        (&a.namespace, &a.name, a.external).cmp(&(&b.namespace, &b.name, b.external))
-    });
+    rows.sort_by(|a, b| (&a.namespace, &a.name, a.external).cmp(&(&b.namespace, &b.name, b.external)));
     Ok(rows)
 }
 
@@ -194,6 +211,34 @@ pub fn flows(pin_path: &Path) -> anyhow::Result<Vec<FlowRow>> {
             b.external,
             b.pod_port,
         ))
+    });
+    Ok(rows)
+}
+
+/// Every session, by Service, external address and client.
+///
+/// # Errors
+///
+/// As [`services`].
+pub fn sessions(pin_path: &Path) -> anyhow::Result<Vec<SessionRow>> {
+    let tables = Tables::open(pin_path)?;
+    let names = Names::read(&tables)?;
+    let now = monotonic()?;
+    let mut rows = Vec::new();
+    for entry in tables.sessions.entries() {
+        let (key, value) = entry?;
+        let (namespace, name) = names.of(value.service_id);
+        rows.push(SessionRow {
+            namespace,
+            name,
+            external: key.external.to_ip(),
+            peer: key.peer.to_ip(),
+            pod: value.pod.to_ip(),
+            idle_seconds: now.saturating_sub(value.last_seen) / SECOND,
+        });
+    }
+    rows.sort_by(|a, b| {
+        (&a.namespace, &a.name, a.external, a.peer).cmp(&(&b.namespace, &b.name, b.external, b.peer))
     });
     Ok(rows)
 }

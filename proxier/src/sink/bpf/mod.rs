@@ -261,7 +261,7 @@ pub fn cleanup(pin_path: &Path) -> anyhow::Result<Vec<String>> {
     for index in attach::pinned(pin_path) {
         removed.extend(attach::unpin(pin_path, index)?);
     }
-    for interface in nix::net::if_::if_nameindex().context("interfaces cannot be listed")?.iter() {
+    for interface in &nix::net::if_::if_nameindex().context("interfaces cannot be listed")? {
         let name = interface.name().to_string_lossy();
         removed.extend(attach::detach_clsact(&name)?);
     }
