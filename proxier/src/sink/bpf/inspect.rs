@@ -6,14 +6,13 @@ use std::{
     path::Path,
 };
 
-use anyhow::Context as _;
 use proxier_common::{
     DropReason, Hook, SERVICE_PASS_WITHOUT_BACKEND, TCP_ESTABLISHED, TCP_REPLY_FIN, TCP_REQUEST_FIN,
     timeout::{self, SECOND, protocol},
 };
 use serde::Serialize;
 
-use super::tables::Tables;
+use super::{clock, tables::Tables};
 use crate::{delta::decode_name, desired::ServiceKey};
 
 /// An external address, as the kernel has it.
@@ -183,7 +182,7 @@ pub fn endpoints(pin_path: &Path) -> anyhow::Result<Vec<EndpointRow>> {
 pub fn flows(pin_path: &Path) -> anyhow::Result<Vec<FlowRow>> {
     let tables = Tables::open(pin_path)?;
     let names = Names::read(&tables)?;
-    let now = monotonic()?;
+    let now = clock::monotonic()?;
     let mut rows = Vec::new();
     for entry in tables.flows.entries() {
         let (key, value) = entry?;
@@ -223,7 +222,7 @@ pub fn flows(pin_path: &Path) -> anyhow::Result<Vec<FlowRow>> {
 pub fn sessions(pin_path: &Path) -> anyhow::Result<Vec<SessionRow>> {
     let tables = Tables::open(pin_path)?;
     let names = Names::read(&tables)?;
-    let now = monotonic()?;
+    let now = clock::monotonic()?;
     let mut rows = Vec::new();
     for entry in tables.sessions.entries() {
         let (key, value) = entry?;
@@ -279,12 +278,6 @@ impl Names {
     fn of(&self, service_id: u32) -> (String, String) {
         self.0.get(&service_id).cloned().unwrap_or_default()
     }
-}
-
-/// The clock that the kernel programs use.
-fn monotonic() -> anyhow::Result<u64> {
-    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).context("no monotonic clock")?;
-    Ok(u64::try_from(now.tv_sec())? * SECOND + u64::try_from(now.tv_nsec())?)
 }
 
 const fn tcp_state(state: u8) -> &'static str {

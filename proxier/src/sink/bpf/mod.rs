@@ -1,4 +1,5 @@
-//! The kernel's side of the agent: loads and attaches the programs, keeps the maps as desired, pins both.
+//! The kernel's side of the agent: loads and attaches the programs, keeps the maps as desired, pins both, and removes
+//! what has been idle.
 //!
 //! Nothing is detached or removed when the agent ends: packets go on, and the next agent adopts what it finds.
 
@@ -14,6 +15,7 @@ use tokio::{runtime::Handle, sync::watch, task};
 
 use self::{
     attach::Method,
+    expiry::Expiry,
     tables::Tables,
     uplinks::{Interface, View},
 };
@@ -21,6 +23,8 @@ use super::{Sink, Snapshot};
 use crate::delta::{Actual, Plan};
 
 mod attach;
+mod clock;
+mod expiry;
 pub mod inspect;
 mod preflight;
 mod tables;
@@ -62,6 +66,7 @@ pub struct BpfSink {
     method: Method,
     ebpf: Ebpf,
     tables: Tables,
+    _expiry: Expiry,
     /// What the tables hold; read again whenever a write has failed.
     actual: Actual,
     sweep_due: bool,
@@ -97,6 +102,7 @@ impl BpfSink {
             pin_path = %pin_path.display(),
             "kernel programs are loaded; tables of a former agent are adopted as they are"
         );
+        let expiry = Expiry::start(&pin_path)?;
         let named = uplinks.into_iter().collect();
         let view = task::block_in_place(|| Handle::current().block_on(uplinks::watch(named)))?;
         let mut sink = Self {
@@ -104,6 +110,7 @@ impl BpfSink {
             method,
             ebpf,
             tables,
+            _expiry: expiry,
             actual,
             sweep_due: false,
             view,

@@ -207,7 +207,7 @@ impl<K: Pod, V: Pod> Table<K, V> {
     }
 
     /// Removes every entry that `keep` does not want. Returns how many.
-    fn retain(&mut self, keep: impl Fn(&K, &V) -> bool) -> Result<usize, TableError> {
+    pub(super) fn retain(&mut self, mut keep: impl FnMut(&K, &V) -> bool) -> Result<usize, TableError> {
         // Collected first: removing the entry at which an iteration stands makes it start again.
         let mut gone = Vec::new();
         for entry in self.entries() {
