@@ -19,6 +19,9 @@ pub struct Address {
 }
 
 impl Address {
+    /// All zero, `::`: nobody's address.
+    pub const UNSPECIFIED: Self = Self { bytes: [0; 16] };
+
     /// The v4-mapped form of an IPv4 address.
     #[inline(always)]
     #[must_use]
@@ -48,6 +51,15 @@ impl Address {
     pub const fn words(self) -> [u64; 2] {
         // SAFETY: both types have 16 bytes and every bit pattern is a valid value of both.
         unsafe { core::mem::transmute(self) }
+    }
+
+    /// Whether it is the v4-mapped form of an IPv4 address.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_v4_mapped(self) -> bool {
+        let [high, low] = self.words();
+        let [a, b, c, d, ..] = low.to_ne_bytes();
+        high == 0 && u32::from_ne_bytes([a, b, c, d]) == u32::from_ne_bytes([0, 0, 0xff, 0xff])
     }
 
     /// The last four bytes, which are the IPv4 address if this is one.

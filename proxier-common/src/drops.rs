@@ -16,17 +16,30 @@ pub enum DropReason {
     TinyFragment = 4,
     /// The kernel had no memory to make the packet writable.
     RewriteFailed = 5,
+    /// An ICMP redirect about a conversation through an external address: its advice holds for another address.
+    IcmpRedirect = 6,
+    /// For an external address, but broken, cut short, source-routed, or with too many extension headers to read.
+    /// Passed on it would go back where it came from, and come again.
+    Malformed = 7,
+    /// An ICMP error to an external address about a conversation that is not known. Passed on, as above.
+    UnrelatedError = 8,
+    /// To an external address from that same address.
+    SpoofedSource = 9,
 }
 
 impl DropReason {
     /// Every reason, in the order of its number.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 10] = [
         Self::NoBackend,
         Self::BackendMissing,
         Self::FlowCollision,
         Self::FlowTableFull,
         Self::TinyFragment,
         Self::RewriteFailed,
+        Self::IcmpRedirect,
+        Self::Malformed,
+        Self::UnrelatedError,
+        Self::SpoofedSource,
     ];
 
     /// The name that commands and metrics print.
@@ -39,6 +52,10 @@ impl DropReason {
             Self::FlowTableFull => "flow-table-full",
             Self::TinyFragment => "tiny-fragment",
             Self::RewriteFailed => "rewrite-failed",
+            Self::IcmpRedirect => "icmp-redirect",
+            Self::Malformed => "malformed",
+            Self::UnrelatedError => "unrelated-error",
+            Self::SpoofedSource => "spoofed-source",
         }
     }
 }
@@ -51,11 +68,15 @@ pub enum Hook {
     UplinkIngress = 0,
     /// Egress of an uplink: replies.
     UplinkEgress = 1,
+    /// Ingress of a pod's host-side link: requests of pods on this node.
+    PodIngress = 2,
+    /// Egress of a pod's host-side link: replies to pods on this node.
+    PodEgress = 3,
 }
 
 impl Hook {
     /// Every hook, in the order of its number.
-    pub const ALL: [Self; 2] = [Self::UplinkIngress, Self::UplinkEgress];
+    pub const ALL: [Self; 4] = [Self::UplinkIngress, Self::UplinkEgress, Self::PodIngress, Self::PodEgress];
 
     /// The name that commands and metrics print.
     #[must_use]
@@ -63,6 +84,8 @@ impl Hook {
         match self {
             Self::UplinkIngress => "uplink-ingress",
             Self::UplinkEgress => "uplink-egress",
+            Self::PodIngress => "pod-ingress",
+            Self::PodEgress => "pod-egress",
         }
     }
 
@@ -74,8 +97,8 @@ impl Hook {
     }
 }
 
-const REASONS: u32 = 6;
-const HOOKS: u32 = 2;
+const REASONS: u32 = 10;
+const HOOKS: u32 = 4;
 const _: () = assert!(DropReason::ALL.len() == REASONS as usize && Hook::ALL.len() == HOOKS as usize);
 
 /// Entries of `drops`.

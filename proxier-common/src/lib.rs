@@ -61,6 +61,10 @@ pub struct ServiceValue {
 
 /// [`ServiceValue::flags`]: without a backend, leave packets to the rest of the node instead of dropping them.
 pub const SERVICE_PASS_WITHOUT_BACKEND: u32 = 1 << 0;
+/// [`ServiceValue::flags`]: not an external address but a pod's own, and nothing else of the value counts. A packet to it
+/// belongs to no external address, which ends what is noted about an earlier conversation with the same ports. Here and
+/// not in a map of its own, so that a packet to anybody else still costs one look-up.
+pub const SERVICE_IS_POD: u32 = 1 << 1;
 
 /// Key of `backends`: one slot of one generation of a Service.
 #[repr(C)]
@@ -102,7 +106,12 @@ pub struct MemberKey {
 pub struct MemberValue {
     /// The generation in which the pod joined.
     pub since_generation: u32,
+    /// Bits of `MEMBER_*`.
+    pub flags: u32,
 }
+
+/// [`MemberValue::flags`]: the pod is there but takes no new conversations (not ready, or terminating).
+pub const MEMBER_DRAINING: u32 = 1 << 0;
 
 /// Key of `names`: as [`ServiceValue::service_id`].
 #[repr(C)]
@@ -141,6 +150,8 @@ pub struct SessionKey {
 pub struct SessionValue {
     /// The pod's address.
     pub pod: Address,
+    /// The pod that the client was on before, with which it may still have conversations; all zero if none.
+    pub former: Address,
     /// When the client last sent something, to the second.
     pub last_seen: u64,
     /// As [`ServiceValue::service_id`]: an address that changes hands takes no clients along.
@@ -194,11 +205,11 @@ pub const DELIVERY_STACK: u8 = 1;
 pub const TCP_REPLIED: u8 = 1 << 0;
 /// [`FlowValue::tcp_state`]: the client has acknowledged the answer.
 pub const TCP_ESTABLISHED: u8 = 1 << 1;
-/// [`FlowValue::tcp_state`]: the client has sent a FIN.
+/// [`FlowValue::tcp_state`]: the client has sent a FIN, or a RST, which anybody can forge who knows the ports.
 pub const TCP_REQUEST_FIN: u8 = 1 << 2;
 /// [`FlowValue::tcp_state`]: the pod has sent a FIN.
 pub const TCP_REPLY_FIN: u8 = 1 << 3;
-/// [`FlowValue::tcp_state`]: one side has sent a RST.
+/// [`FlowValue::tcp_state`]: the pod has sent a RST.
 pub const TCP_RESET: u8 = 1 << 4;
 
 /// Key of `fragments`: a packet of which the first fragment decided for the rest (RFC 791, RFC 8200 section 4.5).
@@ -234,11 +245,11 @@ const _: () = {
     assert!(size_of::<BackendKey>() == 12);
     assert!(size_of::<BackendValue>() == 16);
     assert!(size_of::<MemberKey>() == 24);
-    assert!(size_of::<MemberValue>() == 4);
+    assert!(size_of::<MemberValue>() == 8);
     assert!(size_of::<NameKey>() == 4);
     assert!(size_of::<NameValue>() == 132);
     assert!(size_of::<SessionKey>() == 32);
-    assert!(size_of::<SessionValue>() == 32);
+    assert!(size_of::<SessionValue>() == 48);
     assert!(size_of::<FlowKey>() == 40);
     assert!(size_of::<FlowValue>() == 32);
     assert!(size_of::<FragmentKey>() == 40);

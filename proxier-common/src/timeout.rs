@@ -33,7 +33,7 @@ pub mod protocol {
     pub const UDPLITE: u8 = 136;
 }
 
-/// Whether both sides have closed the TCP connection, or one has reset it.
+/// Whether both sides have closed the TCP connection, or the pod has reset it.
 #[inline(always)]
 #[must_use]
 pub const fn tcp_is_closed(tcp_state: u8) -> bool {

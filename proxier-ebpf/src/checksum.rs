@@ -24,6 +24,37 @@ pub const fn v6_difference(old: Address, new: Address) -> u32 {
     fold_to_32(halves(!old[0]) + halves(!old[1]) + halves(new[0]) + halves(new[1]))
 }
 
+/// The sum of an IPv4 pseudo-header (RFC 768), folded to 16 bits.
+#[inline(always)]
+#[must_use]
+pub const fn v4_pseudo_header_sum(source: Address, destination: Address, protocol: u8, length: u32) -> u16 {
+    // What is before the four bytes of an IPv4 address is no part of it: zeros and ones, in one half of the word.
+    let (source, destination) = (source.v4_octets(), destination.v4_octets());
+    let addresses = u32::from_ne_bytes(source) as u64 + u32::from_ne_bytes(destination) as u64;
+    fold_to_16(addresses + protocol_and_length(protocol, length))
+}
+
+/// The sum of an IPv6 pseudo-header (RFC 8200, section 8.1), folded to 16 bits.
+#[inline(always)]
+#[must_use]
+pub const fn v6_pseudo_header_sum(source: Address, destination: Address, protocol: u8, length: u32) -> u16 {
+    let (source, destination) = (source.words(), destination.words());
+    let addresses = halves(source[0]) + halves(source[1]) + halves(destination[0]) + halves(destination[1]);
+    fold_to_16(addresses + protocol_and_length(protocol, length))
+}
+
+#[inline(always)]
+const fn protocol_and_length(protocol: u8, length: u32) -> u64 {
+    length.to_be() as u64 + (protocol as u16).to_be() as u64
+}
+
+#[inline(always)]
+const fn fold_to_16(sum: u64) -> u16 {
+    let sum = fold_to_32(sum);
+    let sum = (sum & 0xffff) + (sum >> 16);
+    (((sum & 0xffff) + (sum >> 16)) & 0xffff) as u16
+}
+
 /// The checksum field's new value: RFC 1624, equation 3, `HC' = ~(~HC + difference)`.
 #[inline(always)]
 #[must_use]

@@ -91,6 +91,10 @@ pub trait Family {
     /// What a checksum over an address gains when `old` becomes `new`.
     fn difference(old: Address, new: Address) -> u32;
 
+    /// The one's complement sum of the pseudo-header of `length` bytes of `protocol` between two addresses, folded to 16
+    /// bits: what the field of a checksum holds that is left to the hardware.
+    fn pseudo_header_sum(source: Address, destination: Address, protocol: u8, length: u32) -> u16;
+
     /// What the checksum of an ICMP error gains when an address of its own header changes by `outer` and one of the
     /// header that it quotes by `quoted`. For IPv4 nothing: the outer addresses are not covered, and the quoted header's
     /// own checksum makes up for the quoted address. For IPv6 both (RFC 4443, section 2.3).
@@ -202,6 +206,11 @@ impl Family for V4 {
     }
 
     #[inline(always)]
+    fn pseudo_header_sum(source: Address, destination: Address, protocol: u8, length: u32) -> u16 {
+        checksum::v4_pseudo_header_sum(source, destination, protocol, length)
+    }
+
+    #[inline(always)]
     fn error_difference(_outer: u32, _quoted: u32) -> u64 {
         0
     }
@@ -277,7 +286,10 @@ impl Family for V6 {
     #[inline(always)]
     fn header<P: Packet>(packet: &P, offset: u32) -> Option<Self::Header> {
         let header: V6Header = packet.load(offset)?;
-        (header.version_class_flow[0] >> 4 == 6).then_some(header)
+        // The tables keep IPv4 addresses in this form. Nobody may send it (RFC 6890), and the kernel drops such a source,
+        // but only behind this hook.
+        let mapped = header.source.is_v4_mapped() || header.destination.is_v4_mapped();
+        (header.version_class_flow[0] >> 4 == 6 && !mapped).then_some(header)
     }
 
     #[inline(always)]
@@ -346,6 +358,11 @@ impl Family for V6 {
     #[inline(always)]
     fn difference(old: Address, new: Address) -> u32 {
         checksum::v6_difference(old, new)
+    }
+
+    #[inline(always)]
+    fn pseudo_header_sum(source: Address, destination: Address, protocol: u8, length: u32) -> u16 {
+        checksum::v6_pseudo_header_sum(source, destination, protocol, length)
     }
 
     #[inline(always)]

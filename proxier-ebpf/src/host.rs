@@ -155,8 +155,8 @@ impl SessionEntry for HostSession {
         self.0.set(SessionValue { last_seen: now, ..self.0.get() });
     }
 
-    fn set_generation(&self, generation: u32) {
-        self.0.set(SessionValue { generation, ..self.0.get() });
+    fn set_generation(&self, service_id: u32, generation: u32) {
+        self.0.set(SessionValue { service_id, generation, ..self.0.get() });
     }
 }
 
@@ -215,6 +215,11 @@ impl Tables for HostTables {
         Ok(())
     }
 
+    fn remove_flow(&self, key: &FlowKey) {
+        self.count_lookup();
+        self.flows.borrow_mut().remove(key);
+    }
+
     fn fragment(&self, key: &FragmentKey) -> Option<FragmentValue> {
         self.count_lookup();
         self.fragments.borrow().get(key).copied()
@@ -223,5 +228,10 @@ impl Tables for HostTables {
     fn put_fragment(&self, key: &FragmentKey, value: &FragmentValue) {
         self.count_lookup();
         self.fragments.borrow_mut().insert(*key, *value);
+    }
+
+    fn remove_fragment(&self, key: &FragmentKey) {
+        self.count_lookup();
+        self.fragments.borrow_mut().remove(key);
     }
 }

@@ -6,14 +6,18 @@
 //!   pod or node ──> client, quoting client -> pod   becomes   EXT ──> client, quoting client -> EXT
 //! ```
 //!
-//! An error about no conversation of ours is left alone. Flows are not refreshed: an error is no sign of life.
+//! An error about no conversation of ours is left alone. Flows are not refreshed: an error is no sign of life. A redirect
+//! (RFC 792, type 5) is dropped: its advice is about the way to the pod, and would be taken for one about the external
+//! address; netfilter's NAT drops it too.
 
-use proxier_common::{Address, DELIVERY_STACK, DropReason, FlowKey, SessionKey};
+use proxier_common::{Address, DELIVERY_STACK, DropReason, FlowKey, SessionKey, timeout::protocol};
 
 use crate::{
     checksum,
     family::{Family, Fragment, Payload},
     packet::{Packet, WriteError},
+    request::Origin,
+    rewrite,
     tables::{FlowEntry, SessionEntry, Tables},
     transport::{self, Kind, Transport},
     verdict::Verdict,
@@ -24,6 +28,9 @@ const ICMP_HEADER: u32 = 8;
 /// Offset of the checksum in an ICMP message.
 const ICMP_CHECKSUM: u32 = 2;
 
+/// ICMP type 5, of IPv4 only: ICMPv6 has its redirects in neighbour discovery.
+const REDIRECT: u8 = 5;
+
 /// The packet that an error quotes.
 struct Quote {
     offset: u32,
@@ -32,41 +39,60 @@ struct Quote {
     transport: Transport,
 }
 
-/// What becomes of one address.
-struct Change {
-    old: Address,
-    new: Address,
-}
-
 /// An error that somebody on the way to the client sends to an external address: about a reply of a pod.
 #[inline(never)]
 pub(crate) fn to_pod<F: Family, P: Packet, T: Tables>(
     packet: &mut P,
     tables: &T,
     offset: u32,
-    external: &Address,
-    outer: &Payload,
+    origin: Origin,
 ) -> Verdict {
-    let Some(quote) = quote::<F, P>(packet, outer) else {
-        return Verdict::Next;
+    let Some(outer) = Outer::read::<F, P>(packet, offset) else {
+        return Verdict::Drop(DropReason::Malformed);
     };
+    let Some(quote) = quote::<F, P>(packet, &outer) else {
+        return Verdict::Drop(DropReason::UnrelatedError);
+    };
+    let (external, peer) = (outer.destination, quote.destination);
+    if quote.source != external {
+        return Verdict::Drop(DropReason::UnrelatedError);
+    }
+    let Some(session) = tables.session(&SessionKey { external, peer }) else {
+        return Verdict::Drop(DropReason::UnrelatedError);
+    };
+    let mut pod = session.value().pod;
+    if let Origin::Pod = origin
+        && pod == peer
+    {
+        // The pod's own error about a packet that it sent to itself: both go back the way that packet came.
+        let written = rewrite::exchange::<F, P>(packet, quote.offset, pod, external)
+            .and_then(|()| rewrite::exchange::<F, P>(packet, offset, external, pod));
+        return match verdict(written) {
+            Verdict::Rewritten => Verdict::Hairpin,
+            other => other,
+        };
+    }
     // The quote is a reply as it left.
-    if quote.source != *external || !matches!(quote.transport.kind, Kind::Ordinary | Kind::Answer) {
-        return Verdict::Next;
+    if !matches!(quote.transport.kind, Kind::Ordinary | Kind::Answer) {
+        return Verdict::Drop(DropReason::UnrelatedError);
     }
-    let peer = quote.destination;
-    let Some(session) = tables.session(&SessionKey { external: *external, peer }) else {
-        return Verdict::Next;
-    };
-    let pod = session.value().pod;
     let (pod_port, peer_port) = (quote.transport.source_port, quote.transport.destination_port);
-    if flow_external(tables, &key(pod, peer, pod_port, peer_port, &quote.transport)) != Some(*external) {
-        return Verdict::Next;
+    let mut key = key(pod, peer, pod_port, peer_port, &quote.transport);
+    if flow_external(tables, &key) != Some(external) {
+        // The conversation may be one with the client's former pod.
+        pod = session.value().former;
+        key.pod = pod;
+        if flow_external(tables, &key) != Some(external) {
+            return Verdict::Drop(DropReason::UnrelatedError);
+        }
     }
-    let change = Change { old: *external, new: pod };
-    let written = mend_checksums::<F, P>(packet, outer, &quote, &change, &change)
-        .and_then(|()| F::store_source(packet, quote.offset, pod, F::difference(*external, pod)))
-        .and_then(|()| F::store_destination(packet, offset, pod, F::difference(*external, pod)));
+    if outer.is_redirect::<F>() {
+        return Verdict::Drop(DropReason::IcmpRedirect);
+    }
+    let difference = F::difference(external, pod);
+    let written = mend_checksums::<F, P>(packet, &outer, &quote, difference, difference)
+        .and_then(|()| F::store_source(packet, quote.offset, pod, difference))
+        .and_then(|()| F::store_destination(packet, offset, pod, difference));
     verdict(written)
 }
 
@@ -74,14 +100,11 @@ pub(crate) fn to_pod<F: Family, P: Packet, T: Tables>(
 ///
 /// It leaves from the external address whoever made it, as with netfilter's NAT: to the client, nothing else is there.
 #[inline(never)]
-pub(crate) fn to_client<F: Family, P: Packet, T: Tables>(
-    packet: &mut P,
-    tables: &T,
-    offset: u32,
-    source: &Address,
-    outer: &Payload,
-) -> Verdict {
-    let Some(quote) = quote::<F, P>(packet, outer) else {
+pub(crate) fn to_client<F: Family, P: Packet, T: Tables>(packet: &mut P, tables: &T, offset: u32) -> Verdict {
+    let Some(outer) = Outer::read::<F, P>(packet, offset) else {
+        return Verdict::Next;
+    };
+    let Some(quote) = quote::<F, P>(packet, &outer) else {
         return Verdict::Next;
     };
     // The quote is a request as the pod was to get it.
@@ -93,24 +116,55 @@ pub(crate) fn to_client<F: Family, P: Packet, T: Tables>(
     let Some(external) = flow_external(tables, &key(pod, peer, pod_port, peer_port, &quote.transport)) else {
         return Verdict::Next;
     };
-    let outer_change = Change { old: *source, new: external };
-    let quoted_change = Change { old: pod, new: external };
-    let written = mend_checksums::<F, P>(packet, outer, &quote, &outer_change, &quoted_change)
-        .and_then(|()| F::store_destination(packet, quote.offset, external, F::difference(pod, external)))
-        .and_then(|()| F::store_source(packet, offset, external, F::difference(*source, external)));
+    if outer.is_redirect::<F>() {
+        return Verdict::Drop(DropReason::IcmpRedirect);
+    }
+    let outer_difference = F::difference(outer.source, external);
+    let quoted_difference = F::difference(pod, external);
+    let written = mend_checksums::<F, P>(packet, &outer, &quote, outer_difference, quoted_difference)
+        .and_then(|()| F::store_destination(packet, quote.offset, external, quoted_difference))
+        .and_then(|()| F::store_source(packet, offset, external, outer_difference));
     verdict(written)
+}
+
+/// The error itself.
+#[repr(C)]
+struct Outer {
+    source: Address,
+    destination: Address,
+    payload: Payload,
+    icmp_type: u8,
+}
+
+impl Outer {
+    /// Reads it again: whoever found out that it is an error is done, and has given back its stack.
+    #[inline(always)]
+    fn read<F: Family, P: Packet>(packet: &P, offset: u32) -> Option<Self> {
+        let header = F::header(packet, offset)?;
+        let mut payload = Payload::within(packet.length(), false);
+        if !F::payload(packet, offset, &header, &mut payload) {
+            return None;
+        }
+        let icmp_type = packet.load(payload.offset)?;
+        Some(Self { source: F::source(&header), destination: F::destination(&header), payload, icmp_type })
+    }
+
+    #[inline(always)]
+    fn is_redirect<F: Family>(&self) -> bool {
+        F::ICMP == protocol::ICMP && self.icmp_type == REDIRECT
+    }
 }
 
 /// Finds and reads the quoted packet.
 #[inline(always)]
-fn quote<F: Family, P: Packet>(packet: &P, outer: &Payload) -> Option<Quote> {
+fn quote<F: Family, P: Packet>(packet: &P, outer: &Outer) -> Option<Quote> {
     // An error in fragments carries its quote in pieces.
-    if !matches!(outer.fragment, Fragment::Whole) {
+    if !matches!(outer.payload.fragment, Fragment::Whole) {
         return None;
     }
-    let offset = outer.offset + ICMP_HEADER;
+    let offset = outer.payload.offset + ICMP_HEADER;
     let header = F::header(packet, offset)?;
-    let mut payload = Payload::within(outer.end, true);
+    let mut payload = Payload::within(outer.payload.end, true);
     if !F::payload(packet, offset, &header, &mut payload) {
         return None;
     }
@@ -142,14 +196,12 @@ fn flow_external<T: Tables>(tables: &T, key: &FlowKey) -> Option<Address> {
 #[inline(always)]
 fn mend_checksums<F: Family, P: Packet>(
     packet: &mut P,
-    outer: &Payload,
+    outer: &Outer,
     quote: &Quote,
-    outer_change: &Change,
-    quoted_change: &Change,
+    outer_difference: u32,
+    quoted_difference: u32,
 ) -> Result<(), WriteError> {
-    let outer_difference = F::difference(outer_change.old, outer_change.new);
-    let quoted_difference = F::difference(quoted_change.old, quoted_change.new);
-    let own_offset = outer.offset + ICMP_CHECKSUM;
+    let own_offset = outer.payload.offset + ICMP_CHECKSUM;
     let own: u16 = packet.load(own_offset).ok_or(WriteError)?;
     let mut difference = F::error_difference(outer_difference, quoted_difference);
     let at = quote.transport.checksum_offset;

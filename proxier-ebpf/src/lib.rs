@@ -28,6 +28,6 @@ pub mod verdict;
 pub use family::{Family, V4, V6};
 pub use packet::{NetworkHeader, Packet, Plain};
 pub use reply::reply;
-pub use request::request;
+pub use request::{Origin, request};
 pub use tables::{FlowEntry, InsertError, SessionEntry, Tables};
 pub use verdict::Verdict;

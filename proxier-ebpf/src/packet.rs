@@ -59,7 +59,7 @@ pub trait Packet {
         zero_means_none: bool,
     ) -> Result<(), WriteError>;
 
-    /// Writes a checksum field inside what an ICMP message covers, or the message's own.
+    /// Writes a checksum field that is complete: nothing of it is left to the hardware.
     ///
     /// # Errors
     ///

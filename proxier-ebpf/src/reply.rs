@@ -5,7 +5,7 @@
 
 use proxier_common::{
     Address, DELIVERY_STACK, DropReason, FlowKey, FlowValue, FragmentKey, FragmentValue, TCP_REPLIED,
-    TCP_REPLY_FIN,
+    TCP_REPLY_FIN, TCP_RESET,
     timeout::{self, SECOND, protocol},
 };
 
@@ -13,7 +13,7 @@ use crate::{
     family::{Family, Fragment, Payload},
     icmp_error,
     packet::{NetworkHeader, Packet},
-    rewrite,
+    rewrite::{self, Replacement},
     tables::{FlowEntry, Tables},
     transport::{self, Kind, Transport, tcp_flags},
     verdict::Verdict,
@@ -32,21 +32,32 @@ pub fn reply<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Verdict {
     }
 }
 
-// A function of its own for each family: the two then share the kernel's 512 bytes of stack, one after the other.
-#[inline(never)]
+#[inline(always)]
 fn of_family<F: Family, P: Packet, T: Tables>(packet: &mut P, tables: &T, offset: u32) -> Verdict {
+    match ordinary::<F, P, T>(packet, tables, offset) {
+        Some(verdict) => verdict,
+        // From here, where nothing else lies on the kernel's stack.
+        None => icmp_error::to_client::<F, P, T>(packet, tables, offset),
+    }
+}
+
+/// Anything but an ICMP error, for which it returns `None`.
+///
+/// A function of its own for each family: the two then share the kernel's 512 bytes of stack, one after the other.
+#[inline(never)]
+fn ordinary<F: Family, P: Packet, T: Tables>(packet: &mut P, tables: &T, offset: u32) -> Option<Verdict> {
     let Some(header) = F::header(packet, offset) else {
-        return Verdict::Next;
+        return Some(Verdict::Next);
     };
     let mut payload = Payload::within(packet.length(), false);
     let mut transport = Transport::EMPTY;
     if !F::payload(packet, offset, &header, &mut payload)
         || transport::read(packet, &payload, &mut transport).is_err()
     {
-        return Verdict::Next;
+        return Some(Verdict::Next);
     }
     if let Kind::IcmpError = transport.kind {
-        return icmp_error::to_client::<F, P, T>(packet, tables, offset, &F::source(&header), &payload);
+        return None;
     }
     let (pod, peer) = (F::source(&header), F::destination(&header));
     let mut external = pod;
@@ -55,19 +66,23 @@ fn of_family<F: Family, P: Packet, T: Tables>(packet: &mut P, tables: &T, offset
     } else {
         external_of_flow(tables, &pod, &peer, &transport, &mut external)
     };
-    if !found {
-        return Verdict::Next;
-    }
     if let Fragment::First = payload.fragment {
-        tables.put_fragment(
-            &fragment_key::<F>(pod, peer, &payload),
-            &FragmentValue { external, seen: tables.now() },
-        );
+        let key = fragment_key::<F>(pod, peer, &payload);
+        if found {
+            tables.put_fragment(&key, &FragmentValue { external, seen: tables.now() });
+        } else {
+            // The identification is in use again, by a packet that is not ours.
+            tables.remove_fragment(&key);
+        }
     }
-    match rewrite::source::<F, P>(packet, offset, &transport, pod, external) {
+    if !found {
+        return Some(Verdict::Next);
+    }
+    let replacement = Replacement { old: pod, new: external, other: peer };
+    Some(match rewrite::source::<F, P>(packet, offset, &payload, &transport, &replacement) {
         Ok(()) => Verdict::Rewritten,
         Err(_) => Verdict::Drop(DropReason::RewriteFailed),
-    }
+    })
 }
 
 /// Finds the external address that the client of this conversation speaks to. `false` if it is no conversation of
@@ -97,7 +112,7 @@ fn external_of_flow<T: Tables>(
     };
     let flow = entry.value();
     let now = tables.now();
-    if flow.delivery != DELIVERY_STACK || is_another_conversation(&key, &flow, transport, now) {
+    if flow.delivery != DELIVERY_STACK || is_another_conversation(&flow, transport) {
         return false;
     }
     if now.saturating_sub(flow.last_seen) >= SECOND {
@@ -113,18 +128,21 @@ fn external_of_flow<T: Tables>(
     true
 }
 
-/// The flow is one that has ended, and the same client and port now speak with the pod directly.
+/// The pod opens a connection from the port of one that has ended. Anything else still belongs to the flow, however long
+/// it has been idle: a conversation of the same ports with the pod's own address would have ended it.
 #[inline(always)]
-fn is_another_conversation(key: &FlowKey, flow: &FlowValue, transport: &Transport, now: u64) -> bool {
-    timeout::flow_is_over(key, flow, now)
-        || transport.tcp_flags & tcp_flags::SYN != 0 && timeout::tcp_is_closed(flow.tcp_state)
+const fn is_another_conversation(flow: &FlowValue, transport: &Transport) -> bool {
+    transport.tcp_flags & tcp_flags::SYN != 0 && timeout::tcp_is_closed(flow.tcp_state)
 }
 
 /// What a TCP connection's state becomes by a packet of the pod.
 #[inline(always)]
 const fn tcp_state_after(transport: &Transport, state: u8) -> u8 {
     let flags = transport.tcp_flags;
-    let mut state = transport::reset_after(flags, state) | TCP_REPLIED;
+    let mut state = state | TCP_REPLIED;
+    if flags & tcp_flags::RST != 0 {
+        state |= TCP_RESET;
+    }
     if flags & tcp_flags::FIN != 0 {
         state |= TCP_REPLY_FIN;
     }

@@ -3,12 +3,24 @@
 use proxier_common::Address;
 
 use crate::{
-    family::Family,
+    checksum,
+    family::{Family, Payload},
     packet::{Packet, WriteError},
     transport::Transport,
 };
 
-/// Replaces the destination address `old` of the header at `offset` by `new`.
+/// An address of a packet, and what stands beside it.
+#[derive(Clone, Copy, Debug)]
+pub struct Replacement {
+    /// The address as it is.
+    pub old: Address,
+    /// The address to be.
+    pub new: Address,
+    /// The packet's other address, which stays.
+    pub other: Address,
+}
+
+/// Replaces the destination address of the header at `offset`.
 ///
 /// # Errors
 ///
@@ -17,15 +29,15 @@ use crate::{
 pub fn destination<F: Family, P: Packet>(
     packet: &mut P,
     offset: u32,
+    payload: &Payload,
     transport: &Transport,
-    old: Address,
-    new: Address,
+    replacement: &Replacement,
 ) -> Result<(), WriteError> {
-    let difference = transport_checksum::<F, P>(packet, transport, old, new)?;
-    F::store_destination(packet, offset, new, difference)
+    let difference = transport_checksum::<F, P>(packet, payload, transport, replacement)?;
+    F::store_destination(packet, offset, replacement.new, difference)
 }
 
-/// Replaces the source address `old` of the header at `offset` by `new`.
+/// Replaces the source address of the header at `offset`.
 ///
 /// # Errors
 ///
@@ -34,12 +46,28 @@ pub fn destination<F: Family, P: Packet>(
 pub fn source<F: Family, P: Packet>(
     packet: &mut P,
     offset: u32,
+    payload: &Payload,
     transport: &Transport,
-    old: Address,
-    new: Address,
+    replacement: &Replacement,
 ) -> Result<(), WriteError> {
-    let difference = transport_checksum::<F, P>(packet, transport, old, new)?;
-    F::store_source(packet, offset, new, difference)
+    let difference = transport_checksum::<F, P>(packet, payload, transport, replacement)?;
+    F::store_source(packet, offset, replacement.new, difference)
+}
+
+/// Makes a packet from `pod` to `external` one from `external` to `pod`. Every sum over both addresses stays what it was.
+///
+/// # Errors
+///
+/// The kernel would not write. The packet must be dropped.
+#[inline(always)]
+pub fn exchange<F: Family, P: Packet>(
+    packet: &mut P,
+    offset: u32,
+    external: Address,
+    pod: Address,
+) -> Result<(), WriteError> {
+    F::store_source(packet, offset, external, F::difference(pod, external))?;
+    F::store_destination(packet, offset, pod, F::difference(external, pod))
 }
 
 /// The transport checksum goes first: it is the write that fails if the packet cannot be made writable, and then
@@ -47,13 +75,34 @@ pub fn source<F: Family, P: Packet>(
 #[inline(always)]
 fn transport_checksum<F: Family, P: Packet>(
     packet: &mut P,
+    payload: &Payload,
     transport: &Transport,
-    old: Address,
-    new: Address,
+    replacement: &Replacement,
 ) -> Result<u32, WriteError> {
-    let difference = F::difference(old, new);
-    if transport.checksum_offset != 0 {
-        packet.adjust_transport_checksum(transport.checksum_offset, difference, transport.zero_means_none)?;
+    let difference = F::difference(replacement.old, replacement.new);
+    let at = transport.checksum_offset;
+    if at == 0 {
+        return Ok(difference);
     }
+    if transport.zero_means_none {
+        let field: u16 = packet.load(at).ok_or(WriteError)?;
+        if field == 0 {
+            return Ok(difference);
+        }
+        // UDP may carry another packet whose checksum is left to the hardware, while its own is complete already
+        // (Linux, "local checksum offload"). To the kernel both look alike; the field tells them apart.
+        let length = payload.end.wrapping_sub(payload.offset);
+        let left_to_hardware =
+            F::pseudo_header_sum(replacement.old, replacement.other, transport.protocol, length);
+        if field != left_to_hardware {
+            let field = match checksum::apply(field, difference) {
+                0 => 0xffff,
+                field => field,
+            };
+            packet.store_checksum(at, field)?;
+            return Ok(difference);
+        }
+    }
+    packet.adjust_transport_checksum(at, difference, transport.zero_means_none)?;
     Ok(difference)
 }

@@ -30,8 +30,8 @@ pub trait SessionEntry {
     fn value(&self) -> SessionValue;
     /// Notes when the client last sent something.
     fn set_last_seen(&self, now: u64);
-    /// Notes that the pod belongs to the Service in this generation too.
-    fn set_generation(&self, generation: u32);
+    /// Notes that the pod belongs to this Service in this generation too.
+    fn set_generation(&self, service_id: u32, generation: u32);
 }
 
 /// The maps and the clock.
@@ -72,8 +72,13 @@ pub trait Tables {
     /// The table would not take it.
     fn replace_flow(&self, key: &FlowKey, value: &FlowValue) -> Result<(), InsertError>;
 
+    /// Removes a flow, if it is there.
+    fn remove_flow(&self, key: &FlowKey);
+
     /// Looks up what the first fragment of a packet decided.
     fn fragment(&self, key: &FragmentKey) -> Option<FragmentValue>;
     /// Remembers what the first fragment of a packet decided.
     fn put_fragment(&self, key: &FragmentKey, value: &FragmentValue);
+    /// Forgets what an earlier packet's first fragment decided, if anything.
+    fn remove_fragment(&self, key: &FragmentKey);
 }

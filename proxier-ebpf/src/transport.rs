@@ -1,7 +1,7 @@
 //! What the core needs from the transport header: which conversation the packet belongs to, and which checksum
 //! covers the addresses.
 
-use proxier_common::{TCP_RESET, timeout::protocol};
+use proxier_common::timeout::protocol;
 
 use crate::{
     family::{Fragment, Payload},
@@ -61,7 +61,7 @@ pub struct Transport {
     pub protocol: u8,
     /// What it is.
     pub kind: Kind,
-    /// The type of the ICMP query that this is or answers; else 0.
+    /// The type of the ICMP query that this is or answers, or of the ICMP error; else 0.
     pub query: u8,
     /// TCP's flags; else 0.
     pub tcp_flags: u8,
@@ -79,6 +79,13 @@ pub enum TransportError {
 }
 
 impl Transport {
+    /// Whether it opens a TCP connection.
+    #[inline(always)]
+    #[must_use]
+    pub const fn opens(&self) -> bool {
+        self.tcp_flags & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::SYN
+    }
+
     /// To be filled in by [`read`].
     pub const EMPTY: Self = Self {
         checksum_offset: 0,
@@ -166,7 +173,7 @@ pub fn read<P: Packet>(
     Ok(())
 }
 
-/// What an ICMP or ICMPv6 type is, and the query it belongs to (IANA registries "ICMP Type Numbers" and "ICMPv6
+/// What an ICMP or ICMPv6 type is, and the query it belongs to or the error itself (IANA registries "ICMP Type Numbers" and "ICMPv6
 /// type Numbers").
 #[inline(always)]
 const fn icmp_kind(protocol_number: u8, icmp_type: u8) -> (Kind, u8) {
@@ -175,25 +182,16 @@ const fn icmp_kind(protocol_number: u8, icmp_type: u8) -> (Kind, u8) {
             8 | 13 | 15 | 17 => (Kind::Query, icmp_type),
             0 => (Kind::Answer, 8),
             14 | 16 | 18 => (Kind::Answer, icmp_type - 1),
-            3 | 4 | 5 | 11 | 12 => (Kind::IcmpError, 0),
+            3 | 4 | 5 | 11 | 12 => (Kind::IcmpError, icmp_type),
             _ => (Kind::Unpaired, 0),
         }
     } else {
         match icmp_type {
             128 | 139 => (Kind::Query, icmp_type),
             129 | 140 => (Kind::Answer, icmp_type - 1),
-            1..=127 => (Kind::IcmpError, 0),
+            1..=127 => (Kind::IcmpError, icmp_type),
             133..=137 => (Kind::NeighbourDiscovery, 0),
             _ => (Kind::Unpaired, 0),
         }
     }
-}
-
-/// What a TCP connection's state becomes by a packet of either side, as far as resets go.
-///
-/// Anyone on the path can send a RST that neither side accepts (RFC 5961). A connection on which more follows than
-/// RSTs is not closed.
-#[inline(always)]
-pub(crate) const fn reset_after(flags: u8, state: u8) -> u8 {
-    if flags & tcp_flags::RST != 0 { state | TCP_RESET } else { state & !TCP_RESET }
 }

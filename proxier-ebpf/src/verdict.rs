@@ -9,6 +9,9 @@ pub enum Verdict {
     Next,
     /// Rewritten; whoever comes next decides, on the new addresses.
     Rewritten,
+    /// Rewritten for the pod that sent it: it goes back through the link that it came in by, past the node's stack,
+    /// which would take a packet from and to the same pod for a mistake.
+    Hairpin,
     /// To be dropped and counted.
     Drop(DropReason),
 }

@@ -5,7 +5,8 @@ mod common;
 
 use common::*;
 use proptest::prelude::*;
-use proxier_ebpf::{Verdict, host::HostTables, reply, request};
+use proxier_common::DropReason;
+use proxier_ebpf::{Verdict, host::HostTables, reply};
 
 /// A conversation, and the packets of it as each side knows them.
 struct Talk {
@@ -77,7 +78,7 @@ fn an_error_about_a_request_reaches_the_client_from_the_external_address_whoever
 }
 
 #[test]
-fn an_error_about_a_conversation_that_is_not_ours_is_untouched() {
+fn an_error_about_a_conversation_that_is_not_ours_is_dropped_at_the_external_address_and_passed_to_clients() {
     for net in BOTH {
         let kind = errors(&net)[0];
         let talk = Talk { protocol: UDP, there: (40_000, 443), back: (443, 40_000) };
@@ -93,7 +94,7 @@ fn an_error_about_a_conversation_that_is_not_ours_is_untouched() {
         for about in inbound {
             let original = error(&net, router(&net), net.external, kind, &about, usize::MAX);
             let mut packet = original.clone();
-            assert_eq!(request(&mut packet, &tables), Verdict::Next);
+            assert_eq!(request(&mut packet, &tables), Verdict::Drop(DropReason::UnrelatedError));
             assert_eq!(packet, original);
         }
         let outbound = [
@@ -111,7 +112,7 @@ fn an_error_about_a_conversation_that_is_not_ours_is_untouched() {
 }
 
 #[test]
-fn an_error_about_an_error_or_about_a_later_fragment_is_untouched() {
+fn an_error_about_an_error_or_about_a_later_fragment_is_dropped() {
     for net in BOTH {
         let kind = errors(&net)[0];
         let talk = Talk { protocol: UDP, there: (40_000, 443), back: (443, 40_000) };
@@ -122,14 +123,14 @@ fn an_error_about_an_error_or_about_a_later_fragment_is_untouched() {
         for about in [about_fragment, about_error] {
             let original = error(&net, router(&net), net.external, kind, &about, usize::MAX);
             let mut packet = original.clone();
-            assert_eq!(request(&mut packet, &tables), Verdict::Next);
+            assert_eq!(request(&mut packet, &tables), Verdict::Drop(DropReason::UnrelatedError));
             assert_eq!(packet, original);
         }
     }
 }
 
 #[test]
-fn an_error_whose_quote_is_cut_too_short_is_untouched() {
+fn an_error_whose_quote_is_cut_too_short_is_dropped() {
     for net in BOTH {
         let talk = Talk { protocol: TCP, there: (40_000, 443), back: (443, 40_000) };
         let tables = opened(&net, &talk);
@@ -137,14 +138,15 @@ fn an_error_whose_quote_is_cut_too_short_is_untouched() {
         for length in 0..shortest(&net) {
             let original = error(&net, router(&net), net.external, errors(&net)[0], &about, length);
             let mut packet = original.clone();
-            assert_eq!(request(&mut packet, &tables), Verdict::Next, "{length} bytes quoted");
+            let expected = Verdict::Drop(DropReason::UnrelatedError);
+            assert_eq!(request(&mut packet, &tables), expected, "{length} bytes quoted");
             assert_eq!(packet, original);
         }
     }
 }
 
 #[test]
-fn an_error_that_itself_comes_in_fragments_is_untouched() {
+fn an_error_that_itself_comes_in_fragments_is_dropped() {
     for net in BOTH {
         let talk = Talk { protocol: UDP, there: (40_000, 443), back: (443, 40_000) };
         let tables = opened(&net, &talk);
@@ -153,7 +155,7 @@ fn an_error_that_itself_comes_in_fragments_is_untouched() {
         let message = seen(&whole).segment;
         let fragment = Network { fragment: Some((0, true, 7)), ..Network::default() };
         let mut packet = frame(&fragment, router(&net), net.external, net.icmp, &message);
-        assert_eq!(request(&mut packet, &tables), Verdict::Next);
+        assert_eq!(request(&mut packet, &tables), Verdict::Drop(DropReason::UnrelatedError));
     }
 }
 
@@ -214,4 +216,37 @@ proptest! {
         let expected = error(&net, router(&net), net.pod, errors(&net)[0], &about(net.pod), length);
         prop_assert_eq!(translated, expected);
     }
+}
+
+#[test]
+fn a_pods_error_about_its_own_packet_to_the_external_address_comes_back_to_it() {
+    for net in BOTH {
+        for talk in talks(&net) {
+            let tables = tables(&[net.external], &[net.pod]);
+            let sent = plain(net.pod, net.external, talk.protocol, talk.there);
+            let mut received = sent.clone();
+            assert_eq!(request_of_pod(&mut received, &tables), Verdict::Hairpin);
+            let kind = errors(&net)[1];
+            for length in [shortest(&net), usize::MAX] {
+                let mut packet = error(&net, net.pod, net.external, kind, &received, length);
+                assert_eq!(request_of_pod(&mut packet, &tables), Verdict::Hairpin, "{}", talk.protocol);
+                assert_eq!(packet, error(&net, net.external, net.pod, kind, &sent, length));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_redirect_about_our_conversation_is_dropped() {
+    let talk = Talk { protocol: UDP, there: (40_000, 443), back: (443, 40_000) };
+    let tables = opened(&V4, &talk);
+    let about_reply = plain(V4.external, V4.client, UDP, talk.back);
+    let mut inbound = error(&V4, router(&V4), V4.external, (5, 1), &about_reply, usize::MAX);
+    assert_eq!(request(&mut inbound, &tables), Verdict::Drop(DropReason::IcmpRedirect));
+    let about_request = plain(V4.client, V4.pod, UDP, talk.there);
+    let mut outbound = error(&V4, router(&V4), V4.client, (5, 1), &about_request, usize::MAX);
+    assert_eq!(reply(&mut outbound, &tables), Verdict::Drop(DropReason::IcmpRedirect));
+    let not_ours = plain(V4.client, V4.other_pod, UDP, talk.there);
+    let mut outbound = error(&V4, router(&V4), V4.client, (5, 1), &not_ours, usize::MAX);
+    assert_eq!(reply(&mut outbound, &tables), Verdict::Next);
 }

@@ -7,13 +7,14 @@ use std::{cell::Cell, rc::Rc};
 
 use common::*;
 use proxier_common::{
-    Address, DropReason, FlowKey, SERVICE_PASS_WITHOUT_BACKEND, ServiceKey, SessionKey, TCP_ESTABLISHED,
-    TCP_REPLIED, TCP_REPLY_FIN, TCP_REQUEST_FIN, TCP_RESET, timeout::SECOND,
+    Address, BackendKey, BackendValue, DropReason, FlowKey, MEMBER_DRAINING, MemberKey, MemberValue,
+    SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND, ServiceKey, SessionKey, TCP_ESTABLISHED, TCP_REPLIED,
+    TCP_REPLY_FIN, TCP_REQUEST_FIN, TCP_RESET, timeout::SECOND,
 };
 use proxier_ebpf::{
     Verdict,
     host::{HostFlow, HostPacket, HostTables},
-    reply, request,
+    reply,
 };
 
 const ALL_PROTOCOLS: [u8; 7] = [TCP, UDP, UDPLITE, SCTP, DCCP, GRE, ESP];
@@ -230,24 +231,24 @@ fn ipv4_options_and_ipv6_extension_headers_are_walked() {
 }
 
 #[test]
-fn a_chain_of_too_many_extension_headers_is_passed_on_untouched() {
-    for (headers, expected) in [(8, Verdict::Rewritten), (9, Verdict::Next)] {
+fn a_chain_of_too_many_extension_headers_is_dropped() {
+    for (headers, expected) in [(8, Verdict::Rewritten), (9, Verdict::Drop(DropReason::Malformed))] {
         let tables = tables(&[V6.external], &[V6.pod]);
         let network = Network { extensions: vec![(60, vec![0; 7]); headers], ..Network::default() };
         let original = packet(&network, V6.client, V6.external, UDP, (1, 2), b"x");
         let mut packet = original.clone();
         assert_eq!(request(&mut packet, &tables), expected, "{headers} headers");
-        assert_eq!(packet == original, expected == Verdict::Next);
+        assert_eq!(packet == original, expected != Verdict::Rewritten);
     }
 }
 
 #[test]
-fn a_packet_on_its_way_through_a_source_route_is_passed_on_untouched() {
+fn a_packet_on_its_way_through_a_source_route_is_dropped() {
     let tables = tables(&[V6.external], &[V6.pod]);
     let routing = [vec![2, 4, 1], vec![0; 20]].concat();
     let network = Network { extensions: vec![(43, routing)], ..Network::default() };
     let mut packet = packet(&network, V6.client, V6.external, UDP, (1, 2), b"x");
-    assert_eq!(request(&mut packet, &tables), Verdict::Next);
+    assert_eq!(request(&mut packet, &tables), Verdict::Drop(DropReason::Malformed));
 }
 
 #[test]
@@ -274,7 +275,7 @@ fn anything_but_ip_is_passed_on() {
 }
 
 #[test]
-fn a_packet_cut_short_anywhere_is_passed_on_untouched() {
+fn a_packet_cut_short_anywhere_is_never_half_rewritten() {
     for net in BOTH {
         for protocol in [TCP, UDP, SCTP, DCCP, net.icmp, GRE] {
             let ports =
@@ -284,7 +285,11 @@ fn a_packet_cut_short_anywhere_is_passed_on_untouched() {
                 let tables = tables(&[net.external], &[net.pod]);
                 let original = HostPacket { bytes: whole.bytes[..length].to_vec() };
                 let mut packet = original.clone();
-                assert_eq!(request(&mut packet, &tables), Verdict::Next, "{protocol} cut to {length}");
+                // Once it can be told whom it is for, it is dropped: passed on it would go back where it came from.
+                let header = if net.icmp == ICMP { 34 } else { 54 };
+                let expected =
+                    if length < header { Verdict::Next } else { Verdict::Drop(DropReason::Malformed) };
+                assert_eq!(request(&mut packet, &tables), expected, "{protocol} cut to {length}");
                 assert_eq!(packet, original);
             }
         }
@@ -292,14 +297,15 @@ fn a_packet_cut_short_anywhere_is_passed_on_untouched() {
 }
 
 #[test]
-fn a_transport_header_cut_short_within_a_right_ip_packet_is_passed_on_untouched() {
+fn a_transport_header_cut_short_within_a_right_ip_packet_is_dropped() {
     for net in BOTH {
         for (protocol, needed) in [(TCP, 20), (UDP, 8), (UDPLITE, 8), (SCTP, 12), (DCCP, 12), (net.icmp, 8)] {
             for length in 0..needed {
                 let tables = tables(&[net.external], &[net.pod]);
                 let bytes = vec![8; length];
                 let mut packet = frame(&Network::default(), net.client, net.external, protocol, &bytes);
-                assert_eq!(request(&mut packet, &tables), Verdict::Next, "{protocol}, {length} bytes");
+                let expected = Verdict::Drop(DropReason::Malformed);
+                assert_eq!(request(&mut packet, &tables), expected, "{protocol}, {length} bytes");
                 let mut packet = frame(&Network::default(), net.pod, net.client, protocol, &bytes);
                 assert_eq!(reply(&mut packet, &tables), Verdict::Next, "{protocol}, {length} bytes");
             }
@@ -313,7 +319,7 @@ fn ethernet_padding_is_not_part_of_the_packet() {
     // A TCP header of 8 bytes, padded to look long enough.
     let network = Network { padding: 40, ..Network::default() };
     let mut packet = frame(&network, V4.client, V4.external, TCP, &[0; 8]);
-    assert_eq!(request(&mut packet, &tables), Verdict::Next);
+    assert_eq!(request(&mut packet, &tables), Verdict::Drop(DropReason::Malformed));
 }
 
 #[test]
@@ -555,14 +561,18 @@ fn a_tcp_connections_state_follows_its_flags() {
             (true, SYN, 0),
             (false, SYN | ACK, TCP_REPLIED),
             (true, ACK, established),
-            (false, RST, established | TCP_RESET),
-            // More follows: the RST was not believed by those it was meant for.
-            (true, ACK, established),
             (false, FIN, established | TCP_REPLY_FIN),
             (true, FIN, established | TCP_REPLY_FIN | TCP_REQUEST_FIN),
             // The client's port is used again.
             (true, SYN, 0),
-            (true, RST, TCP_RESET),
+            (false, SYN | ACK, TCP_REPLIED),
+            (true, ACK, established),
+            // Half closed, and opened again: nothing of the first connection is left.
+            (true, FIN, established | TCP_REQUEST_FIN),
+            (true, SYN, 0),
+            // A RST of the client may be anybody's.
+            (true, RST, TCP_REQUEST_FIN),
+            (false, RST, TCP_REPLIED | TCP_REQUEST_FIN | TCP_RESET),
         ];
         for (step, (from_client, flags, expected)) in life.into_iter().enumerate() {
             let mut packet = tcp(&net, from_client, flags);
@@ -574,10 +584,53 @@ fn a_tcp_connections_state_follows_its_flags() {
     }
 }
 
+/// As the agent: a pod's own address is in `services` too.
+fn know_pod(tables: &HostTables, pod: std::net::IpAddr) {
+    let mut services = tables.services.borrow_mut();
+    let value = *services.values().next().expect("a Service");
+    services.insert(
+        ServiceKey { external: pod.into() },
+        proxier_common::ServiceValue { flags: SERVICE_IS_POD, service_id: 0, ..value },
+    );
+}
+
 #[test]
 fn a_client_that_used_a_port_through_the_external_address_may_use_it_with_the_pod_directly() {
+    for net in BOTH {
+        let tables = tables(&[net.external], &[net.pod]);
+        know_pod(&tables, net.pod);
+        let closed = [(true, 0x02), (false, 0x12), (true, 0x11), (false, 0x11)];
+        for (from_client, flags) in closed {
+            let mut packet = tcp(&net, from_client, flags);
+            if from_client {
+                request(&mut packet, &tables)
+            } else {
+                reply(&mut packet, &tables)
+            };
+        }
+        let direct = |flags: u8| {
+            let mut segment = segment(TCP, (40_000, 443), b"");
+            segment[13] = flags;
+            let sealed = seal(net.client, net.pod, TCP, segment);
+            frame(&Network::default(), net.client, net.pod, TCP, &sealed)
+        };
+        // Anything but a new connection may be a straggler.
+        assert_eq!(request(&mut direct(0x10), &tables), Verdict::Next);
+        assert_eq!(tables.flows.borrow().len(), 1);
+        let mut syn = direct(0x02);
+        assert_eq!(request(&mut syn, &tables), Verdict::Next);
+        assert_eq!(syn, direct(0x02));
+        for flags in [0x12, 0x10, 0x18] {
+            assert_eq!(reply(&mut tcp(&net, false, flags), &tables), Verdict::Next);
+        }
+    }
+}
+
+#[test]
+fn a_packet_straight_to_the_pod_does_not_end_an_open_connection() {
     let tables = tables(&[V4.external], &[V4.pod]);
-    for (from_client, flags) in [(true, 0x02), (false, 0x12), (true, 0x11), (false, 0x11)] {
+    know_pod(&tables, V4.pod);
+    for (from_client, flags) in [(true, 0x02), (false, 0x12), (true, 0x10)] {
         let mut packet = tcp(&V4, from_client, flags);
         if from_client {
             request(&mut packet, &tables)
@@ -585,11 +638,155 @@ fn a_client_that_used_a_port_through_the_external_address_may_use_it_with_the_po
             reply(&mut packet, &tables)
         };
     }
-    // The pod's SYN-ACK of a new connection that came to the pod's own address.
-    assert_eq!(reply(&mut tcp(&V4, false, 0x12), &tables), Verdict::Next);
-    // And later, when the flow is merely old.
-    tables.now.set(tables.now.get() + 31 * SECOND);
-    assert_eq!(reply(&mut tcp(&V4, false, 0x10), &tables), Verdict::Next);
+    let mut syn = segment(TCP, (40_000, 443), b"");
+    syn[13] = 0x02;
+    let sealed = seal(V4.client, V4.pod, TCP, syn);
+    request(&mut frame(&Network::default(), V4.client, V4.pod, TCP, &sealed), &tables);
+    assert_eq!(reply(&mut tcp(&V4, false, 0x18), &tables), Verdict::Rewritten);
+}
+
+#[test]
+fn with_the_same_ports_the_last_address_that_a_client_spoke_to_answers() {
+    for net in BOTH {
+        let icmp = (net.icmp, (if net.icmp == ICMP { 8 } else { 128 }, 1));
+        for (protocol, ports) in [(UDP, (5_060, 5_060)), (GRE, (0, 0)), (ESP, (0, 0)), icmp] {
+            let tables = tables(&[net.external], &[net.pod]);
+            know_pod(&tables, net.pod);
+            let answer = match (protocol, ports) {
+                (ICMP, (_, identifier)) => plain(net.pod, net.client, protocol, (0, identifier)),
+                (ICMPV6, (_, identifier)) => plain(net.pod, net.client, protocol, (129, identifier)),
+                _ => plain(net.pod, net.client, protocol, ports),
+            };
+            for _ in 0..2 {
+                request(&mut plain(net.client, net.external, protocol, ports), &tables);
+                assert_eq!(reply(&mut answer.clone(), &tables), Verdict::Rewritten, "{protocol}");
+                request(&mut plain(net.client, net.pod, protocol, ports), &tables);
+                assert_eq!(reply(&mut answer.clone(), &tables), Verdict::Next, "{protocol}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_idle_connection_still_answers_from_the_external_address() {
+    let tables = tables(&[V4.external], &[V4.pod]);
+    for (from_client, flags) in [(true, 0x02), (false, 0x12), (true, 0x10), (true, 0x04)] {
+        let mut packet = tcp(&V4, from_client, flags);
+        if from_client {
+            request(&mut packet, &tables)
+        } else {
+            reply(&mut packet, &tables)
+        };
+    }
+    // The RST was forged; the pod has not believed it and sends on.
+    tables.now.set(tables.now.get() + 10_000 * SECOND);
+    assert_eq!(reply(&mut tcp(&V4, false, 0x18), &tables), Verdict::Rewritten);
+}
+
+#[test]
+fn conversations_stay_on_a_pod_that_drains_and_new_ones_go_elsewhere() {
+    for net in BOTH {
+        let tables = tables(&[net.external], &[net.pod]);
+        for (from_client, flags) in [(true, 0x02), (false, 0x12), (true, 0x10)] {
+            let mut packet = tcp(&net, from_client, flags);
+            if from_client {
+                request(&mut packet, &tables)
+            } else {
+                reply(&mut packet, &tables)
+            };
+        }
+        // The pod is no longer ready; another is.
+        set_pods(&tables, &[net.external], &[net.other_pod], 2);
+        drain(&tables, net.pod);
+        let opens = |port: u16| {
+            let mut segment = segment(TCP, (port, 443), b"");
+            segment[13] = 0x02;
+            let sealed = seal(net.client, net.external, TCP, segment);
+            frame(&Network::default(), net.client, net.external, TCP, &sealed)
+        };
+        for _ in 0..3 {
+            let mut ongoing = tcp(&net, true, 0x18);
+            assert_eq!(request(&mut ongoing, &tables), Verdict::Rewritten);
+            assert_eq!(seen(&ongoing).destination, net.pod, "the connection goes on");
+            assert_eq!(reply(&mut tcp(&net, false, 0x18), &tables), Verdict::Rewritten);
+            let mut new = opens(50_000);
+            assert_eq!(request(&mut new, &tables), Verdict::Rewritten);
+            assert_eq!(seen(&new).destination, net.other_pod, "a new one goes to the pod that is ready");
+        }
+        // The port of the old connection, used for a new one.
+        let mut new = opens(40_000);
+        assert_eq!(request(&mut new, &tables), Verdict::Rewritten);
+        assert_eq!(seen(&new).destination, net.other_pod);
+    }
+}
+
+#[test]
+fn conversations_go_on_although_no_pod_is_left_for_new_ones() {
+    let tables = tables(&[V4.external], &[V4.pod]);
+    request(&mut plain(V4.client, V4.external, UDP, (40_000, 53)), &tables);
+    set_pods(&tables, &[V4.external], &[], 2);
+    drain(&tables, V4.pod);
+    let mut ongoing = plain(V4.client, V4.external, UDP, (40_000, 53));
+    assert_eq!(request(&mut ongoing, &tables), Verdict::Rewritten);
+    assert_eq!(seen(&ongoing).destination, V4.pod);
+    let mut new = plain(V4.client, V4.external, UDP, (40_001, 53));
+    assert_eq!(request(&mut new, &tables), Verdict::Drop(DropReason::NoBackend));
+}
+
+fn drain(tables: &HostTables, pod: std::net::IpAddr) {
+    tables.members.borrow_mut().insert(
+        MemberKey { pod: pod.into(), service_id: SERVICE_ID, padding: 0 },
+        MemberValue { since_generation: 1, flags: MEMBER_DRAINING },
+    );
+}
+
+#[test]
+fn an_idle_connection_outlives_a_short_affinity() {
+    let tables = tables(&[V4.external], &[V4.pod]);
+    for (from_client, flags) in [(true, 0x02), (false, 0x12), (true, 0x10)] {
+        let mut packet = tcp(&V4, from_client, flags);
+        if from_client {
+            request(&mut packet, &tables)
+        } else {
+            reply(&mut packet, &tables)
+        };
+    }
+    // Ten seconds of affinity, and a pod that a client choosing anew would go to.
+    set_pods(&tables, &[V4.external], &[V4.pod, V4.other_pod], 2);
+    tables.services.borrow_mut().values_mut().for_each(|service| service.affinity_timeout = 10);
+    let chosen = |slot| BackendKey { service_id: SERVICE_ID, generation: 2, slot };
+    for slot in [0, 1] {
+        tables.backends.borrow_mut().insert(chosen(slot), BackendValue { pod: V4.other_pod.into() });
+    }
+    tables.now.set(tables.now.get() + 11 * SECOND);
+    let mut packet = tcp(&V4, true, 0x18);
+    assert_eq!(request(&mut packet, &tables), Verdict::Rewritten);
+    assert_eq!(seen(&packet).destination, V4.pod);
+    assert_eq!(pod_of(&tables, &V4, V4.client, UDP, 1), V4.other_pod, "a new conversation chooses anew");
+}
+
+#[test]
+fn a_packet_from_the_external_address_to_itself_is_dropped() {
+    for net in BOTH {
+        let tables = tables(&[net.external], &[net.pod]);
+        let mut packet = plain(net.external, net.external, UDP, (7, 7));
+        assert_eq!(request(&mut packet, &tables), Verdict::Drop(DropReason::SpoofedSource));
+    }
+}
+
+#[test]
+fn an_ipv6_packet_with_an_ipv4_address_inside_is_not_ipv4() {
+    let tables = tables(&[V4.external], &[V4.pod]);
+    let mapped = |address: std::net::IpAddr| match address {
+        std::net::IpAddr::V4(v4) => std::net::IpAddr::V6(v4.to_ipv6_mapped()),
+        std::net::IpAddr::V6(v6) => v6.into(),
+    };
+    for (source, destination) in [(V6.client, mapped(V4.external)), (mapped(V4.client), mapped(V4.external))]
+    {
+        let mut packet = plain(source, destination, UDP, (1, 2));
+        assert_eq!(request(&mut packet, &tables), Verdict::Next);
+        assert!(tables.flows.borrow().is_empty());
+    }
 }
 
 #[test]
@@ -743,6 +940,12 @@ fn two_first_packets_at_once_agree_on_the_flow() {
         ) -> Result<(), proxier_ebpf::InsertError> {
             self.tables.replace_flow(key, value)
         }
+        fn remove_flow(&self, key: &FlowKey) {
+            self.tables.remove_flow(key);
+        }
+        fn remove_fragment(&self, key: &proxier_common::FragmentKey) {
+            self.tables.remove_fragment(key);
+        }
         fn fragment(&self, key: &proxier_common::FragmentKey) -> Option<proxier_common::FragmentValue> {
             self.tables.fragment(key)
         }
@@ -760,4 +963,46 @@ fn two_first_packets_at_once_agree_on_the_flow() {
         let mut packet = plain(V4.client, V4.external, UDP, (1, 2));
         assert_eq!(request(&mut packet, &racing), expected);
     }
+}
+
+// Pods as clients.
+
+#[test]
+fn a_pod_reaches_another_through_the_external_address() {
+    for net in BOTH {
+        for protocol in ALL_PROTOCOLS {
+            let tables = tables(&[net.external], &[net.other_pod]);
+            let mut packet = plain(net.pod, net.external, protocol, (40_000, 6_001));
+            assert_eq!(request_of_pod(&mut packet, &tables), Verdict::Rewritten);
+            assert_checksums(&packet);
+            assert_eq!((seen(&packet).source, seen(&packet).destination), (net.pod, net.other_pod));
+            let mut packet = plain(net.other_pod, net.pod, protocol, (6_001, 40_000));
+            assert_eq!(reply(&mut packet, &tables), Verdict::Rewritten);
+            assert_checksums(&packet);
+            assert_eq!((seen(&packet).source, seen(&packet).destination), (net.external, net.pod));
+        }
+    }
+}
+
+#[test]
+fn a_pod_that_is_its_own_backend_gets_its_packet_back_from_the_external_address() {
+    for net in BOTH {
+        for protocol in ALL_PROTOCOLS {
+            let tables = tables(&[net.external], &[net.pod]);
+            // What the pod's server sends back to what it takes for its client is turned round in the same way.
+            for ports in [(40_000, 443), (443, 40_000)] {
+                let mut packet = plain(net.pod, net.external, protocol, ports);
+                assert_eq!(request_of_pod(&mut packet, &tables), Verdict::Hairpin, "{protocol}");
+                assert_eq!(packet, plain(net.external, net.pod, protocol, ports));
+            }
+            assert!(tables.flows.borrow().is_empty(), "it needs none");
+        }
+    }
+}
+
+#[test]
+fn a_packet_from_outside_with_the_pods_address_is_not_sent_back() {
+    let tables = tables(&[V4.external], &[V4.pod]);
+    let mut packet = plain(V4.pod, V4.external, UDP, (40_000, 53));
+    assert_eq!(request(&mut packet, &tables), Verdict::Rewritten);
 }

@@ -1,7 +1,7 @@
 //! Composition root: which source feeds which sink, and when. Holds the catalog, works out the desired state at every
 //! change, hands it to the sink, tries again what failed, and ends on a signal without undoing anything.
 
-use std::{future::Future, time::Duration};
+use std::{collections::BTreeSet, future::Future, net::IpAddr, time::Duration};
 
 use anyhow::{Context as _, bail};
 use tokio::{
@@ -19,9 +19,13 @@ use crate::{
     source::{Batch, Event},
 };
 
+mod addresses;
+
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(60);
 const TICK: Duration = Duration::from_secs(1);
+/// How soon a new address of an interface is noticed. A Service seldom claims an address that a node gets later.
+const ADDRESS_REFRESH: Duration = Duration::from_secs(30);
 
 /// When to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,17 +36,28 @@ pub enum Until {
     FirstApply,
 }
 
+/// Whose addresses no Service may have, beside those that objects speak of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LocalAddresses {
+    /// Those of the machine that this process runs on: its kernel is what the sink programs.
+    OfThisNode,
+    /// Nobody's.
+    Any,
+}
+
 /// Keeps `sink` in line with what comes from `batches`, until a signal comes or `until` says so. Then nothing is
 /// undone: packets go on without the agent.
 ///
 /// # Errors
 ///
-/// The source has ended; or, with [`Until::FirstApply`], the sink could not apply the state.
+/// The source has ended; the addresses of this node cannot be told; or, with [`Until::FirstApply`], the sink could not
+/// apply the state.
 pub async fn run(
     batches: mpsc::Receiver<Batch>,
     sink: &mut dyn Sink,
     settings: Settings,
     until: Until,
+    local_addresses: LocalAddresses,
 ) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
@@ -52,8 +67,14 @@ pub async fn run(
             _ = interrupt.recv() => "SIGINT",
         }
     };
-    Agent::new(sink, settings).run(batches, until, shutdown).await
+    let mut agent = Agent::new(sink, settings);
+    if local_addresses == LocalAddresses::OfThisNode {
+        agent.watch_addresses(addresses::of_this_node)?;
+    }
+    agent.run(batches, until, shutdown).await
 }
+
+type AddressReader<'a> = Box<dyn FnMut() -> anyhow::Result<BTreeSet<IpAddr>> + Send + 'a>;
 
 /// A failed attempt, and when the next one is due.
 #[derive(Clone, Copy, Debug)]
@@ -73,6 +94,13 @@ struct Agent<'a> {
     retry: Option<Retry>,
     /// Whether the last housekeeping failed: one line in the log, not one a second.
     tick_failed: bool,
+    /// Whether the source has delivered its first whole list: nothing is applied before.
+    synced: bool,
+    /// Tells [`Settings::local_addresses`]; none if they never change.
+    read_addresses: Option<AddressReader<'a>>,
+    addresses_due: Instant,
+    /// As `tick_failed`.
+    addresses_failed: bool,
 }
 
 impl<'a> Agent<'a> {
@@ -86,7 +114,22 @@ impl<'a> Agent<'a> {
             in_force: None,
             retry: None,
             tick_failed: false,
+            synced: false,
+            read_addresses: None,
+            addresses_due: Instant::now(),
+            addresses_failed: false,
         }
+    }
+
+    /// Has `read` tell [`Settings::local_addresses`], now and from time to time.
+    fn watch_addresses(
+        &mut self,
+        mut read: impl FnMut() -> anyhow::Result<BTreeSet<IpAddr>> + Send + 'a,
+    ) -> anyhow::Result<()> {
+        self.settings.local_addresses = read()?;
+        self.addresses_due = Instant::now() + ADDRESS_REFRESH;
+        self.read_addresses = Some(Box::new(read));
+        Ok(())
     }
 
     async fn run(
@@ -119,7 +162,9 @@ impl<'a> Agent<'a> {
                 () = sleep_until(retry_at), if self.retry.is_some() => {}
                 _ = tick.tick() => {
                     self.tick();
-                    continue;
+                    if !(self.refresh_addresses() && self.synced) {
+                        continue;
+                    }
                 }
             }
             match self.apply() {
@@ -134,6 +179,7 @@ impl<'a> Agent<'a> {
     }
 
     fn absorb(&mut self, batch: Batch) {
+        self.synced = true;
         for event in batch.events {
             match event {
                 Event::Apply(object) => self.catalog.apply(object),
@@ -188,6 +234,34 @@ impl<'a> Agent<'a> {
             tracing::info!("housekeeping works again");
         }
         self.tick_failed = result.is_err();
+    }
+
+    /// Reads this node's addresses again if that is due. Returns whether they have changed.
+    fn refresh_addresses(&mut self) -> bool {
+        let Some(read) = &mut self.read_addresses else { return false };
+        if Instant::now() < self.addresses_due {
+            return false;
+        }
+        self.addresses_due = Instant::now() + ADDRESS_REFRESH;
+        let addresses = match read() {
+            Ok(addresses) => addresses,
+            Err(error) => {
+                if !self.addresses_failed {
+                    tracing::warn!(
+                        "{error:#}; those known before count, and it is tried again every {} seconds",
+                        ADDRESS_REFRESH.as_secs()
+                    );
+                }
+                self.addresses_failed = true;
+                return false;
+            }
+        };
+        if std::mem::take(&mut self.addresses_failed) {
+            tracing::info!("the addresses of this node's interfaces can be listed again");
+        }
+        let changed = addresses != self.settings.local_addresses;
+        self.settings.local_addresses = addresses;
+        changed
     }
 }
 
@@ -324,6 +398,69 @@ mod tests {
             assert_eq!(result.is_err(), fails);
             assert_eq!(recorder.0.lock().unwrap().applied.len(), 1);
         }
+    }
+
+    /// An agent on a node whose interfaces have, at each reading, the next of `readings`, and the last one for ever.
+    async fn run_on_addresses(
+        recorder: &Recorder,
+        mut readings: VecDeque<Option<&'static str>>,
+        seconds: u64,
+    ) -> Vec<(u64, usize, bool)> {
+        let (batches, receiver) = mpsc::channel(1);
+        batches.send(web()).await.unwrap();
+        let mut sink = recorder.clone();
+        let mut agent = Agent::new(&mut sink, settings());
+        agent
+            .watch_addresses(move || {
+                let reading =
+                    if readings.len() > 1 { readings.pop_front() } else { readings.front().copied() };
+                let address = reading.flatten().context("no addresses")?;
+                Ok(BTreeSet::from([address.parse().unwrap()]))
+            })
+            .unwrap();
+        let shutdown = async {
+            tokio::time::sleep(Duration::from_secs(seconds)).await;
+            "test"
+        };
+        agent.run(receiver, Until::Signalled, shutdown).await.unwrap();
+        recorder.0.lock().unwrap().applied.clone()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_address_that_this_node_gets_is_taken_from_its_service_and_given_back_when_it_goes() {
+        let (other, webs) = (Some("192.168.1.1"), Some("10.0.0.55"));
+        let applied = run_on_addresses(&Recorder::default(), [other, webs, webs, other].into(), 1000).await;
+        assert_eq!(applied, [(0, 1, true), (30, 0, true), (90, 1, true)]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn addresses_that_cannot_be_read_again_stay_as_they_were() {
+        let webs = Some("10.0.0.55");
+        let applied = run_on_addresses(&Recorder::default(), [webs, None].into(), 1000).await;
+        assert_eq!(applied, [(0, 0, true)]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_changed_address_does_not_cause_anything_before_the_first_whole_list() {
+        let mut number = 0;
+        let recorder = Recorder::default();
+        let (batches, receiver) = mpsc::channel(1);
+        let mut sink = recorder.clone();
+        let mut agent = Agent::new(&mut sink, settings());
+        agent
+            .watch_addresses(|| {
+                number += 1;
+                Ok(BTreeSet::from([IpAddr::from([10, 0, 1, number])]))
+            })
+            .unwrap();
+        let shutdown = async {
+            tokio::time::sleep(Duration::from_secs(100)).await;
+            "test"
+        };
+        agent.run(receiver, Until::Signalled, shutdown).await.unwrap();
+        drop(batches);
+        assert_eq!(recorder.0.lock().unwrap().applied, []);
+        assert!(number >= 4, "read {number} times");
     }
 
     #[tokio::test(start_paused = true)]

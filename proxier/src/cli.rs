@@ -10,11 +10,14 @@ use std::{
 };
 
 use anyhow::Context as _;
-use clap::{Args, CommandFactory as _, Parser, Subcommand, builder::BoolishValueParser};
+use clap::{
+    Arg, Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand,
+    builder::{BoolishValueParser, Resettable},
+};
 use ipnet::IpNet;
 
 use crate::{
-    app::{self, Until},
+    app::{self, LocalAddresses, Until},
     desired::{NoBackend, Settings},
     model::NodeName,
     observe::{
@@ -49,6 +52,7 @@ struct Cli {
         env = "PROXIER_LOG_LEVEL",
         value_name = "FILTER",
         default_value = "info",
+        value_parser = log::check,
         help_heading = "Logging"
     )]
     log_level: String,
@@ -102,13 +106,22 @@ enum SinkCommand {
 #[derive(Debug, Args)]
 struct ToBpfArgs {
     /// An interface towards clients; repeatable [default: every interface that carries a default route]
-    #[arg(long = "uplink", env = "PROXIER_UPLINK", value_name = "INTERFACE", value_delimiter = ',')]
+    #[arg(
+        long = "uplink",
+        env = "PROXIER_UPLINK",
+        value_name = "INTERFACE",
+        value_delimiter = ',',
+        value_parser = interface_name
+    )]
     uplinks: Vec<String>,
     #[command(flatten)]
     pin: PinArgs,
     /// How to attach to interfaces
     #[arg(long, env = "PROXIER_ATTACH", value_enum, default_value_t)]
     attach: AttachMode,
+    /// Leave alone what pods on this node send to external addresses, and their links
+    #[arg(long, env = "PROXIER_NO_LOCAL_CLIENTS", value_parser = BoolishValueParser::new())]
+    no_local_clients: bool,
     /// What to do with packets for a Service that has no pod on this node
     #[arg(long, env = "PROXIER_NO_BACKEND", value_enum, default_value_t)]
     no_backend: NoBackend,
@@ -132,7 +145,13 @@ struct ToJsonArgs {
 #[derive(Debug, Args)]
 struct ExternalArgs {
     /// Take external addresses inside this range only; repeatable [default: any]
-    #[arg(long = "external-cidr", env = "PROXIER_EXTERNAL_CIDR", value_name = "CIDR", value_delimiter = ',')]
+    #[arg(
+        long = "external-cidr",
+        env = "PROXIER_EXTERNAL_CIDR",
+        value_name = "CIDR",
+        value_delimiter = ',',
+        value_parser = cidr
+    )]
     external_cidrs: Vec<IpNet>,
     /// Leave spec.externalIPs alone
     #[arg(long, env = "PROXIER_NO_EXTERNAL_IPS", value_parser = BoolishValueParser::new())]
@@ -157,9 +176,15 @@ enum GetCommand {
     /// Pods on this node
     #[command(visible_alias = "endpoint")]
     Endpoints(GetArgs),
+    /// Clients, each with the pod it stays on
+    #[command(visible_alias = "session")]
+    Sessions(GetArgs),
     /// Conversations of pods through external addresses
     #[command(visible_alias = "flow")]
     Flows(GetArgs),
+    /// Packets dropped since the maps were made, by reason and hook; a table leaves zeros out
+    #[command(visible_alias = "drop")]
+    Drops(GetArgs),
 }
 
 #[derive(Debug, Args)]
@@ -178,7 +203,8 @@ pub fn main() -> ExitCode {
 }
 
 fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let cli = match Cli::try_parse_from(arguments) {
+    let matches = without_empty_variables(Cli::command()).try_get_matches_from(arguments);
+    let cli = match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => cli,
         Err(error) => {
             // Nothing can be done if not even this can be printed.
@@ -196,11 +222,22 @@ fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
+/// A manifest or a chart that leaves a value out gives an empty variable: that says as much as none.
+fn without_empty_variables(command: clap::Command) -> clap::Command {
+    let is_empty = |arg: &Arg| arg.get_env().and_then(env::var_os).is_some_and(|value| value.is_empty());
+    command
+        .mut_args(|arg| if is_empty(&arg) { arg.env(Resettable::Reset) } else { arg })
+        .mut_subcommands(without_empty_variables)
+}
+
 fn execute(command: Command) -> anyhow::Result<()> {
     match command {
         Command::File(arguments) => file(arguments),
         Command::Cleanup(pin) => {
             let removed = bpf::cleanup(&pin.pin_path)?;
+            if removed.is_empty() {
+                return print(&format!("Nothing of proxier found at {}.\n", pin.pin_path.display()));
+            }
             print(&removed.iter().map(|line| format!("{line}\n")).collect::<String>())
         }
         Command::Get { what } => match what {
@@ -208,7 +245,9 @@ fn execute(command: Command) -> anyhow::Result<()> {
             GetCommand::Endpoints(arguments) => {
                 list(&inspect::endpoints(&arguments.pin.pin_path)?, &arguments)
             }
+            GetCommand::Sessions(arguments) => list(&inspect::sessions(&arguments.pin.pin_path)?, &arguments),
             GetCommand::Flows(arguments) => list(&inspect::flows(&arguments.pin.pin_path)?, &arguments),
+            GetCommand::Drops(arguments) => list(&inspect::drops(&arguments.pin.pin_path)?, &arguments),
         },
         Command::Version => print(&format!("proxier {}\n", env!("CARGO_PKG_VERSION"))),
         Command::Completions { shell } => {
@@ -245,19 +284,57 @@ fn file(arguments: FileArgs) -> anyhow::Result<()> {
     match arguments.sink {
         SinkCommand::ToBpf(sink) => runtime.block_on(async {
             let settings = Settings { no_backend: sink.no_backend, ..settings(node, sink.externals) };
-            let options =
-                bpf::Options { uplinks: sink.uplinks, pin_path: sink.pin.pin_path, attach: sink.attach };
+            let options = bpf::Options {
+                uplinks: sink.uplinks,
+                pin_path: sink.pin.pin_path,
+                attach: sink.attach,
+                local_clients: !sink.no_local_clients,
+            };
             let mut bpf = BpfSink::open(options)?;
-            app::run(file::spawn(directory)?, &mut bpf, settings, Until::Signalled).await
+            app::run(
+                file::spawn(directory)?,
+                &mut bpf,
+                settings,
+                Until::Signalled,
+                LocalAddresses::OfThisNode,
+            )
+            .await
         }),
         SinkCommand::ToJson(sink) => runtime.block_on(async {
             // Whoever reads the lines gets the source ranges as well.
             let settings = Settings { source_ranges: true, ..settings(node.clone(), sink.externals) };
             let mut json = JsonSink::new(Box::new(io::stdout()), node, sink.pretty);
             let until = if sink.once { Until::FirstApply } else { Until::Signalled };
-            app::run(file::spawn(directory)?, &mut json, settings, until).await
+            // The lines may be read anywhere, so what this host's interfaces have does not matter.
+            app::run(file::spawn(directory)?, &mut json, settings, until, LocalAddresses::Any).await
         }),
     }
+}
+
+/// What the kernel takes as an interface's name (`dev_valid_name`): one with a slip of the pen would be waited for in
+/// vain.
+fn interface_name(text: &str) -> Result<String, String> {
+    let name = text.trim();
+    let forbidden = |c: char| c == '/' || c == ':' || c.is_whitespace() || c == '\0';
+    if name.is_empty()
+        || name.len() >= libc::IFNAMSIZ
+        || matches!(name, "." | "..")
+        || name.contains(forbidden)
+    {
+        return Err(format!(
+            "no interface can have this name: write 1 to {} bytes without blank, slash and colon, several names with \
+             commas between them",
+            libc::IFNAMSIZ - 1
+        ));
+    }
+    Ok(name.to_owned())
+}
+
+fn cidr(text: &str) -> Result<IpNet, String> {
+    text.trim().parse().map_err(|_| {
+        "not a network: write address/length, such as 192.0.2.0/24 or 2001:db8::/32, several with commas between them"
+            .to_owned()
+    })
 }
 
 fn settings(node: NodeName, externals: ExternalArgs) -> Settings {

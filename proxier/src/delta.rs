@@ -7,14 +7,14 @@
 //! and the ordinary path runs.
 //!
 //! Packets flow while a plan is carried out, so the order within a Service matters:
-//! 1. external addresses that nobody is to have are withdrawn, before anything they lead to goes;
+//! 1. external addresses that nobody is to have are withdrawn;
 //! 2. the next generation of `backends` is written beside the one in force;
 //! 3. `members` is brought up to date: a session is checked against it only once its generation has passed;
-//! 4. one write of `services` per address switches to the new generation;
-//! 5. the old generation goes.
+//! 4. one write of `services` per address switches to the new generation.
 //!
-//! Services that are gone come last, so that their addresses have been taken over; then flows and sessions of what
-//! went are swept, and only then is the id of a Service free for another.
+//! Services that are gone come next, so that their addresses have been taken over. Then, after every packet that has
+//! seen the old state is done, what nothing leads to any more is removed; then flows and sessions of what went are
+//! swept, and only then is the id of a Service free for another.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,8 +22,8 @@ use std::{
 };
 
 use proxier_common::{
-    Address, BackendKey, BackendValue, MAX_NAME, MemberKey, MemberValue, NameValue,
-    SERVICE_PASS_WITHOUT_BACKEND, ServiceKey as ExternalKey, ServiceValue,
+    Address, BackendKey, BackendValue, MAX_NAME, MEMBER_DRAINING, MemberKey, MemberValue, NameValue,
+    SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND, ServiceKey as ExternalKey, ServiceValue,
 };
 
 use crate::{
@@ -59,6 +59,8 @@ pub enum Step {
     PutService(ExternalKey, ServiceValue),
     /// Lets go of an external address.
     RemoveService(ExternalKey),
+    /// Waits until every packet is done that the kernel programs were at work on.
+    Grace,
     /// Removes a backend of a generation that is no longer in force.
     RemoveBackend(BackendKey),
     /// Removes every flow and session whose pod no longer belongs to its Service, or whose external address is no
@@ -76,7 +78,9 @@ pub enum Task {
     Update(u32),
     /// Remove the Service of this id.
     Remove(u32),
-    /// Remove what nothing leads to any more, and free ids.
+    /// Remove what nothing leads to any more.
+    Retire,
+    /// Remove flows and sessions of what went, and free ids.
     Sweep,
 }
 
@@ -114,18 +118,21 @@ impl Actual {
             Step::RemoveBackend(key) => {
                 self.backends.remove(&key);
             }
-            Step::Sweep => {}
+            Step::Grace | Step::Sweep => {}
             Step::RemoveName(id) => {
                 self.names.remove(&id);
             }
         }
     }
 
-    /// Whether a flow or session of this Service, pod and external address may stay.
+    /// Whether a flow or session of this pod and external address may stay: the pod belongs to the Service that has the
+    /// address now, whichever had it when the conversation began.
     #[must_use]
-    pub fn keeps(&self, service_id: u32, pod: Address, external: Address) -> bool {
-        self.services.get(&ExternalKey { external }).is_some_and(|service| service.service_id == service_id)
-            && self.members.contains_key(&MemberKey { pod, service_id, padding: 0 })
+    pub fn keeps(&self, pod: Address, external: Address) -> bool {
+        self.services.get(&ExternalKey { external }).is_some_and(|service| {
+            let key = MemberKey { pod, service_id: service.service_id, padding: 0 };
+            service.flags & SERVICE_IS_POD == 0 && self.members.contains_key(&key)
+        })
     }
 
     /// Every id that something in the tables still uses.
@@ -136,9 +143,23 @@ impl Actual {
             .chain(self.services.values().map(|value| value.service_id))
             .chain(self.backends.keys().map(|key| key.service_id))
             .chain(self.members.keys().map(|key| key.service_id))
+            .filter(|id| *id != POD_ID)
             .collect()
     }
 }
+
+/// The entries of pods' own addresses in `services` belong to no Service.
+const POD_ID: u32 = 0;
+
+/// What `services` says of a pod's own address.
+const POD: ServiceValue = ServiceValue {
+    service_id: POD_ID,
+    generation: 0,
+    backend_count: 0,
+    affinity_timeout: 0,
+    flags: SERVICE_IS_POD,
+    padding: 0,
+};
 
 /// The form in which `names` keeps a Service.
 #[must_use]
@@ -194,13 +215,12 @@ impl<'a> Plan<'a> {
         let mut tasks: Vec<Task> =
             wanted.keys().copied().map(Task::Update).chain(removed.map(Task::Remove)).collect();
         let leaves = |member: &MemberKey| {
-            wanted
-                .get(&member.service_id)
-                .is_none_or(|(_, service)| !service.pods.contains(&member.pod.to_ip()))
+            wanted.get(&member.service_id).is_none_or(|(_, service)| !service.has(member.pod.to_ip()))
         };
         let handed_over = |(external, value): (&ExternalKey, &ServiceValue)| {
-            owners.get(external) != Some(&value.service_id)
+            value.service_id != POD_ID && owners.get(external) != Some(&value.service_id)
         };
+        tasks.push(Task::Retire);
         if sweep_due
             || tasks.iter().any(|task| matches!(task, Task::Remove(_)))
             || actual.members.keys().any(leaves)
@@ -230,11 +250,12 @@ impl<'a> Plan<'a> {
                 None => Vec::new(),
             },
             Task::Remove(id) => removal(id, actual),
+            Task::Retire => retirement(actual),
             Task::Sweep => {
                 let free = actual
                     .ids()
                     .into_iter()
-                    .filter(|id| !self.wanted.contains_key(id) && removal(*id, actual).is_empty());
+                    .filter(|id| !self.wanted.contains_key(id) && is_gone(*id, actual));
                 [Step::Sweep].into_iter().chain(free.map(Step::RemoveName)).collect()
             }
         }
@@ -244,6 +265,7 @@ impl<'a> Plan<'a> {
     #[must_use]
     pub fn subject(&self, task: Task, actual: &Actual) -> String {
         let id = match task {
+            Task::Retire => return "what nothing leads to any more".to_owned(),
             Task::Sweep => return "flows and sessions of what went".to_owned(),
             Task::Update(id) | Task::Remove(id) => id,
         };
@@ -286,14 +308,32 @@ fn external_key(external: IpAddr) -> ExternalKey {
 }
 
 fn removal(id: u32, actual: &Actual) -> Vec<Step> {
-    let externals = held_by(id, actual);
     let members = actual.members.keys().filter(|key| key.service_id == id);
-    let backends = actual.backends.range(all_backends_of(id)).map(|(key, _)| *key);
-    externals
-        .map(Step::RemoveService)
-        .chain(members.map(|key| Step::RemoveMember(*key)))
-        .chain(backends.map(Step::RemoveBackend))
-        .collect()
+    held_by(id, actual).map(Step::RemoveService).chain(members.map(|key| Step::RemoveMember(*key))).collect()
+}
+
+/// Whether nothing but its name is left of a Service.
+fn is_gone(id: u32, actual: &Actual) -> bool {
+    removal(id, actual).is_empty() && actual.backends.range(all_backends_of(id)).next().is_none()
+}
+
+/// Backends that no address leads to, and addresses of pods that belong to no Service.
+fn retirement(actual: &Actual) -> Vec<Step> {
+    let in_force: BTreeSet<(u32, u32)> =
+        actual.services.values().map(|value| (value.service_id, value.generation)).collect();
+    let pods: BTreeSet<Address> = actual.members.keys().map(|key| key.pod).collect();
+    let backends = actual
+        .backends
+        .keys()
+        .filter(|key| !in_force.contains(&(key.service_id, key.generation)))
+        .map(|key| Step::RemoveBackend(*key));
+    let addresses = actual
+        .services
+        .iter()
+        .filter(|(key, value)| value.service_id == POD_ID && !pods.contains(&key.external))
+        .map(|(key, _)| Step::RemoveService(*key));
+    let retired: Vec<Step> = backends.chain(addresses).collect();
+    if retired.is_empty() { retired } else { [Step::Grace].into_iter().chain(retired).collect() }
 }
 
 /// The addresses that lead to Service `id` now.
@@ -328,23 +368,40 @@ fn update(
         steps.push(Step::PutName(id, name));
     }
     let pods: BTreeSet<Address> = service.pods.iter().map(|pod| Address::from(*pod)).collect();
-    let members: BTreeMap<Address, MemberKey> =
-        actual.members.keys().filter(|key| key.service_id == id).map(|key| (key.pod, *key)).collect();
+    let draining = service.draining.iter().map(|pod| Address::from(*pod)).filter(|pod| !pods.contains(pod));
+    let wanted: BTreeMap<Address, u32> =
+        pods.iter().map(|pod| (*pod, 0)).chain(draining.map(|pod| (pod, MEMBER_DRAINING))).collect();
+    let members: BTreeMap<Address, MemberValue> = actual
+        .members
+        .iter()
+        .filter(|(key, _)| key.service_id == id)
+        .map(|(key, value)| (key.pod, *value))
+        .collect();
     let (generation, is_new) = generation_for(id, &pods, &members, actual);
+    steps.extend(
+        wanted
+            .keys()
+            .map(|pod| ExternalKey { external: *pod })
+            .filter(|key| actual.services.get(key) != Some(&POD))
+            .map(|key| Step::PutService(key, POD)),
+    );
     if is_new {
         steps.extend(slots(&pods).map(|(slot, pod)| {
             Step::PutBackend(BackendKey { service_id: id, generation, slot }, BackendValue { pod })
         }));
-        steps.extend(pods.iter().filter(|pod| !members.contains_key(pod)).map(|pod| {
-            Step::PutMember(
-                MemberKey { pod: *pod, service_id: id, padding: 0 },
-                MemberValue { since_generation: generation },
-            )
-        }));
-        steps.extend(
-            members.iter().filter(|(pod, _)| !pods.contains(pod)).map(|(_, key)| Step::RemoveMember(*key)),
-        );
     }
+    let member_key = |pod: &Address| MemberKey { pod: *pod, service_id: id, padding: 0 };
+    for (pod, flags) in &wanted {
+        // Who has been there all along stays as old as he was.
+        let since_generation = members.get(pod).map_or(generation, |member| member.since_generation);
+        let value = MemberValue { since_generation, flags: *flags };
+        if members.get(pod) != Some(&value) {
+            steps.push(Step::PutMember(member_key(pod), value));
+        }
+    }
+    steps.extend(
+        members.keys().filter(|pod| !wanted.contains_key(pod)).map(|pod| Step::RemoveMember(member_key(pod))),
+    );
     let value = ServiceValue {
         service_id: id,
         generation,
@@ -366,13 +423,6 @@ fn update(
             .filter(|key| actual.services.get(key) != Some(&value))
             .map(|key| Step::PutService(key, value)),
     );
-    steps.extend(
-        actual
-            .backends
-            .range(all_backends_of(id))
-            .filter(|(key, _)| key.generation != generation)
-            .map(|(key, _)| Step::RemoveBackend(*key)),
-    );
     steps
 }
 
@@ -384,15 +434,11 @@ fn slots(pods: &BTreeSet<Address>) -> impl Iterator<Item = (u32, Address)> {
 fn generation_for(
     id: u32,
     pods: &BTreeSet<Address>,
-    members: &BTreeMap<Address, MemberKey>,
+    members: &BTreeMap<Address, MemberValue>,
     actual: &Actual,
 ) -> (u32, bool) {
-    let in_force: BTreeSet<u32> = actual
-        .services
-        .values()
-        .filter(|value| value.service_id == id)
-        .map(|value| value.generation)
-        .collect();
+    let of_service = || actual.services.values().filter(|value| value.service_id == id);
+    let in_force: BTreeSet<u32> = of_service().map(|value| value.generation).collect();
     // More than one is what an interrupted switch leaves behind.
     if let (1, Some(generation)) = (in_force.len(), in_force.first()) {
         let has = |slot, pod: &Address| {
@@ -400,18 +446,13 @@ fn generation_for(
             actual.backends.get(&key).is_some_and(|backend| backend.pod == *pod)
         };
         let complete = slots(pods).all(|(slot, pod)| has(slot, &pod));
-        let counted = actual
-            .services
-            .values()
-            .filter(|value| value.service_id == id)
-            .all(|value| value.backend_count as usize == pods.len());
-        if complete && counted && members.keys().eq(pods.iter()) {
+        let counted = of_service().all(|value| value.backend_count as usize == pods.len());
+        if complete && counted {
             return (*generation, false);
         }
     }
     let written = actual.backends.range(all_backends_of(id)).map(|(key, _)| key.generation);
-    let joined =
-        members.values().filter_map(|key| actual.members.get(key)).map(|value| value.since_generation);
+    let joined = members.values().map(|value| value.since_generation);
     let last = in_force.iter().copied().chain(written).chain(joined).max().unwrap_or(0);
     (last.wrapping_add(1), true)
 }
@@ -431,6 +472,7 @@ mod tests {
         DesiredService {
             externals: addresses(externals),
             pods: addresses(pods),
+            draining: BTreeSet::new(),
             affinity_timeout: 10_800,
             no_backend: NoBackend::Drop,
         }
@@ -442,6 +484,10 @@ mod tests {
 
     fn address(text: &str) -> Address {
         text.parse::<IpAddr>().unwrap().into()
+    }
+
+    fn id_of(actual: &Actual, external: &str) -> u32 {
+        actual.services[&external_key(external.parse().unwrap())].service_id
     }
 
     /// Every address in force leads to backends that are there.
@@ -482,6 +528,7 @@ mod tests {
         actual
             .services
             .iter()
+            .filter(|(_, value)| value.service_id != POD_ID)
             .map(|(key, value)| {
                 let pods = (0..value.backend_count)
                     .map(|slot| BackendKey {
@@ -522,7 +569,11 @@ mod tests {
                 _ => "other",
             })
             .collect();
-        assert_eq!(kinds, ["name", "backend", "backend", "member", "member", "service"]);
+        assert_eq!(
+            kinds,
+            ["name", "service", "service", "backend", "backend", "member", "member", "service"],
+            "the first two services are the pods' own addresses"
+        );
     }
 
     #[test]
@@ -547,9 +598,10 @@ mod tests {
         let at = |wanted: fn(&Step) -> bool| steps.iter().position(wanted).unwrap();
         let leaves = at(|step| matches!(step, Step::RemoveMember(key) if key.pod == address("11.0.0.1")));
         let switch = at(|step| matches!(step, Step::PutService(..)));
+        let grace = at(|step| matches!(step, Step::Grace));
         let old = at(|step| matches!(step, Step::RemoveBackend(..)));
         let sweep = at(|step| matches!(step, Step::Sweep));
-        assert!(leaves < switch && switch < old && old < sweep, "{steps:?}");
+        assert!(leaves < switch && switch < grace && grace < old && old < sweep, "{steps:?}");
         carry_out(&after, &mut actual);
         let stays = MemberKey { pod: address("11.0.0.2"), service_id: 1, padding: 0 };
         assert_eq!(actual.members[&stays].since_generation, 1, "who stays has been there all along");
@@ -568,15 +620,49 @@ mod tests {
     }
 
     #[test]
+    fn a_pod_that_drains_keeps_its_conversations_and_one_that_is_gone_does_not() {
+        let states = [
+            (vec!["11.0.0.1", "11.0.0.2"], vec![]),
+            (vec!["11.0.0.2"], vec!["11.0.0.1"]),
+            (vec!["11.0.0.2"], vec![]),
+        ];
+        let mut actual = Actual::default();
+        let mut kept = Vec::new();
+        for (pods, draining) in states {
+            let draining = draining.into_iter().map(|pod| pod.parse().unwrap()).collect();
+            let service = DesiredService { draining, ..service(&["10.0.0.1"], &pods) };
+            carry_out(&desired([(key("a", Family::V4), service)]), &mut actual);
+            kept.push(actual.keeps(address("11.0.0.1"), address("10.0.0.1")));
+        }
+        assert_eq!(kept, [true, true, false]);
+        let gone = external_key("11.0.0.1".parse().unwrap());
+        assert!(!actual.services.contains_key(&gone), "nor is its address known as a pod's");
+    }
+
+    #[test]
+    fn a_conversation_outlives_the_service_that_it_began_with_if_pod_and_address_stay() {
+        let a = desired([(key("a", Family::V4), service(&["10.0.0.1"], &["11.0.0.1"]))]);
+        let b = desired([(key("b", Family::V4), service(&["10.0.0.1"], &["11.0.0.1"]))]);
+        let mut actual = Actual::default();
+        carry_out(&a, &mut actual);
+        carry_out(&b, &mut actual);
+        assert!(actual.keeps(address("11.0.0.1"), address("10.0.0.1")));
+        assert!(
+            !actual.keeps(address("11.0.0.1"), address("11.0.0.1")),
+            "a pod's own address is no external one"
+        );
+    }
+
+    #[test]
     fn an_id_is_free_only_after_the_sweep() {
         let a = desired([(key("a", Family::V4), service(&["10.0.0.1"], &["11.0.0.1"]))]);
         let b = desired([(key("b", Family::V4), service(&["10.0.0.1"], &["11.0.0.1"]))]);
         let mut actual = Actual::default();
         carry_out(&a, &mut actual);
         carry_out(&b, &mut actual);
-        assert_eq!(actual.services.values().next().unwrap().service_id, 2, "1 was still in use");
+        assert_eq!(id_of(&actual, "10.0.0.1"), 2, "1 was still in use");
         carry_out(&a, &mut actual);
-        assert_eq!(actual.services.values().next().unwrap().service_id, 1, "1 is free again");
+        assert_eq!(id_of(&actual, "10.0.0.1"), 1, "1 is free again");
     }
 
     #[test]
@@ -589,7 +675,10 @@ mod tests {
             (key("b", Family::V4), service(&["10.0.0.1"], &["11.0.0.2"])),
         ]);
         let steps = steps(&after, &actual);
-        assert!(!steps.iter().any(|step| matches!(step, Step::RemoveService(_))), "{steps:?}");
+        assert!(
+            !steps.contains(&Step::RemoveService(external_key("10.0.0.1".parse().unwrap()))),
+            "{steps:?}"
+        );
         assert!(steps.contains(&Step::Sweep), "{steps:?}");
         carry_out(&after, &mut actual);
         assert_eq!(in_force(&actual), wanted(&after));
@@ -602,7 +691,8 @@ mod tests {
         let desired = desired([(key("a", Family::V4), service(&["10.0.0.1"], &pods))]);
         let mut actual = Actual::default();
         carry_out(&desired, &mut actual);
-        assert_eq!(actual.services.values().next().unwrap().backend_count, 300);
+        let key = external_key("10.0.0.1".parse().unwrap());
+        assert_eq!(actual.services[&key].backend_count, 300);
         assert_eq!(in_force(&actual), wanted(&desired));
     }
 
@@ -617,11 +707,11 @@ mod tests {
     /// Any few Services, addresses and pods; an address has one owner, as `desired` sees to.
     fn any_desired() -> impl Strategy<Value = Desired> {
         let owner = prop::option::of(0..4_usize);
-        let pods = prop::collection::btree_set(1..6_u8, 0..4);
+        let pods = (prop::collection::btree_set(1..6_u8, 0..4), prop::collection::btree_set(1..6_u8, 0..2));
         (prop::collection::vec(owner, 5), prop::collection::vec((pods, 1..3_u32), 4)).prop_map(
             |(owners, services)| {
                 let mut desired = Desired::default();
-                for (index, (pods, timeout)) in services.into_iter().enumerate() {
+                for (index, ((pods, draining), timeout)) in services.into_iter().enumerate() {
                     let externals: BTreeSet<IpAddr> = (1..)
                         .zip(&owners)
                         .filter(|(_, owner)| **owner == Some(index))
@@ -635,6 +725,7 @@ mod tests {
                         DesiredService {
                             externals,
                             pods: pods.into_iter().map(|n| IpAddr::from([11, 0, 0, n])).collect(),
+                            draining: draining.into_iter().map(|n| IpAddr::from([11, 0, 0, n])).collect(),
                             affinity_timeout: timeout,
                             no_backend: NoBackend::Drop,
                         },
@@ -676,9 +767,12 @@ mod tests {
                 .map(|key| (decode_name(&actual.names[&key.service_id]).unwrap(), key.pod.to_ip()))
                 .collect();
             let expected = last.services.iter().flat_map(|(key, service)| {
-                service.pods.iter().map(|pod| (key.clone(), *pod))
+                service.pods.union(&service.draining).map(|pod| (key.clone(), *pod))
             });
-            prop_assert_eq!(members, expected.collect());
+            prop_assert_eq!(&members, &expected.collect());
+            let pods: BTreeSet<IpAddr> = members.into_iter().map(|(_, pod)| pod).collect();
+            let known = actual.services.iter().filter(|(_, value)| value.service_id == POD_ID);
+            prop_assert_eq!(pods, known.map(|(key, _)| key.external.to_ip()).collect());
         }
     }
 }

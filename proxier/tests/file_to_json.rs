@@ -295,6 +295,81 @@ fn a_flag_goes_before_the_environment_and_that_before_the_default() {
 }
 
 #[test]
+fn an_empty_variable_is_as_good_as_none() {
+    let lab = Lab::new();
+    lab.write("all.yaml", &(service("web", "10.0.0.55") + "---\n" + &slice("web", &["11.0.2.2"])));
+    let run = |arguments: &[&str]| {
+        let mut command = command(arguments);
+        for name in [
+            "NODE_NAME",
+            "PROXIER_SERVICE_PROXY_NAME",
+            "PROXIER_EXTERNAL_CIDR",
+            "PROXIER_NO_EXTERNAL_IPS",
+            "PROXIER_NO_LOAD_BALANCER_IPS",
+            "PROXIER_ONCE",
+            "PROXIER_PRETTY",
+            "PROXIER_LOG_FORMAT",
+            "PROXIER_LOG_LEVEL",
+            "PROXIER_UPLINK",
+            "PROXIER_ATTACH",
+            "PROXIER_NO_BACKEND",
+            "PROXIER_PIN_PATH",
+            "PROXIER_OUTPUT",
+            "PROXIER_INPUT",
+        ] {
+            command.env(name, "");
+        }
+        command.output().unwrap()
+    };
+    let input = lab.dir.path().to_str().unwrap();
+    let output = run(&["file", "--input", input, "to-json", "--once"]);
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{log}");
+    assert_eq!(pods(&serde_json::from_slice(&output.stdout).unwrap()), ["remote 11.0.2.2"]);
+    let host = nix::unistd::gethostname().unwrap().to_string_lossy().to_lowercase();
+    assert!(log.contains(&format!("node={host}")), "{log}");
+
+    // Each default is in force, so what fails is what fails without the variables: `/` is no bpffs.
+    let output = run(&["file", "--input", input, "to-bpf", "--pin-path", "/nowhere"]);
+    assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
+    let output = run(&["get", "services", "--pin-path", "/nowhere"]);
+    assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
+    // What has no default is missing, as it is without the variable.
+    let output = run(&["file", "to-json", "--once"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("--input"));
+}
+
+#[test]
+fn a_variable_holds_several_values_with_commas_between_them() {
+    let lab = Lab::new();
+    lab.write("all.yaml", &service("web", "10.0.0.55, 10.0.1.55, '1000::55'"));
+    let run = |cidrs: &str| {
+        let mut command = command(["file", "--input"]);
+        command.arg(lab.dir.path()).args(["to-json", "--once"]).env("PROXIER_EXTERNAL_CIDR", cidrs);
+        command.output().unwrap()
+    };
+    for cidrs in ["10.0.0.0/24,1000::/64", "10.0.0.0/24, 1000::/64"] {
+        let output = run(cidrs);
+        let log = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "{log}");
+        assert!(log.contains("\"10.0.1.55\" lies outside --external-cidr 10.0.0.0/24,1000::/64"), "{log}");
+        assert_eq!(log.matches("lies outside").count(), 1, "{log}");
+    }
+    let output = run("10.0.0.0/24,eth0");
+    assert_eq!(output.status.code(), Some(2));
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(error.contains("'eth0'") && error.contains("--external-cidr"), "{error}");
+
+    // Read with the names of interfaces already, and before anything is asked of the kernel.
+    let output =
+        command(["file", "--input", "/", "to-bpf"]).env("PROXIER_UPLINK", "eth0,e/th1").output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(error.contains("'e/th1'") && error.contains("--uplink"), "{error}");
+}
+
+#[test]
 fn an_input_that_is_not_there_fails_at_once_and_says_so() {
     let output = command(["file", "--input", "/nonexistent/manifests", "to-json"]).output().unwrap();
     assert_eq!(output.status.code(), Some(1));

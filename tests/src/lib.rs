@@ -44,7 +44,7 @@ pub fn need_root() -> anyhow::Result<()> {
 macro_rules! skip_unless_root {
     () => {
         if !$crate::is_root() {
-            let reason = "lab tests need root: sudo -E cargo xtask test";
+            let reason = "lab tests need root: run `cargo xtask test` as root";
             assert!(std::env::var("CI").as_deref() != Ok("true"), "not run, though CI=true: {reason}");
             eprintln!("SKIPPED: {}: {reason}", module_path!());
             return;

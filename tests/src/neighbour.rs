@@ -39,7 +39,26 @@ impl Neighbour {
     }
 }
 
-/// The start of `union bpf_attr` for the two commands used here; the kernel takes the rest as zero.
+/// How many programs an interface has at tcx, ingress and egress together, whosever they are. bpftool learned to
+/// tell in version 7.3, which many distributions do not have.
+///
+/// # Errors
+///
+/// As [`Neighbour::attach`].
+pub fn tcx_programs(namespace: &Namespace, interface: &str) -> anyhow::Result<u32> {
+    namespace.enter(|| {
+        let interface = nix::net::if_::if_nametoindex(interface)?;
+        let mut programs = 0;
+        for attach_type in [BPF_TCX_INGRESS, BPF_TCX_EGRESS] {
+            let mut attributes = QueryAttributes { interface, attach_type, ..QueryAttributes::default() };
+            bpf(BPF_PROG_QUERY, &mut attributes)?;
+            programs += attributes.count;
+        }
+        Ok(programs)
+    })
+}
+
+/// The start of `union bpf_attr` for the commands used here; the kernel takes the rest as zero.
 #[repr(C)]
 #[derive(Default)]
 struct LoadAttributes {
@@ -58,37 +77,57 @@ struct LinkAttributes {
     flags: u32,
 }
 
+#[repr(C)]
+#[derive(Default)]
+struct QueryAttributes {
+    interface: u32,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    ids: u64,
+    count: u32,
+    padding: u32,
+    more: [u64; 4],
+}
+
 // Numbers of the kernel's user interface, linux/bpf.h.
 const BPF_PROG_LOAD: c_long = 5;
+const BPF_PROG_QUERY: c_long = 16;
 const BPF_LINK_CREATE: c_long = 28;
 const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
 const BPF_TCX_INGRESS: u32 = 46;
+const BPF_TCX_EGRESS: u32 = 47;
 
 fn load(verdict: Verdict) -> io::Result<OwnedFd> {
     // r0 = verdict; exit. An instruction is 8 bytes: operation, registers, offset, immediate.
     let mut instructions = [0xb7, 0, 0, 0, 0, 0, 0, 0, 0x95, 0, 0, 0, 0, 0, 0, 0_u8];
     instructions[4] = verdict as u8;
-    let attributes = LoadAttributes {
+    let mut attributes = LoadAttributes {
         program_type: BPF_PROG_TYPE_SCHED_CLS,
         instruction_count: 2,
         instructions: instructions.as_ptr() as u64,
         license: c"MIT".as_ptr() as u64,
     };
-    bpf(BPF_PROG_LOAD, &attributes)
+    bpf(BPF_PROG_LOAD, &mut attributes).map(own)
 }
 
 fn link(program: &OwnedFd, interface: u32) -> io::Result<OwnedFd> {
     let program = program.as_raw_fd().cast_unsigned();
-    bpf(BPF_LINK_CREATE, &LinkAttributes { program, interface, attach_type: BPF_TCX_INGRESS, flags: 0 })
+    let mut attributes = LinkAttributes { program, interface, attach_type: BPF_TCX_INGRESS, flags: 0 };
+    bpf(BPF_LINK_CREATE, &mut attributes).map(own)
 }
 
-/// A `bpf(2)` command that returns a descriptor.
-fn bpf<T>(command: c_long, attributes: &T) -> io::Result<OwnedFd> {
+/// Owns the result of a command that makes a descriptor.
+fn own(result: i32) -> OwnedFd {
+    // SAFETY: the kernel has just made this descriptor for the caller, and nobody else knows it.
+    unsafe { OwnedFd::from_raw_fd(result) }
+}
+
+fn bpf<T>(command: c_long, attributes: &mut T) -> io::Result<i32> {
     // SAFETY: `attributes` lives through the call, as does what it points to, and its size is given.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, attributes, size_of::<T>()) };
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *attributes, size_of::<T>()) };
     match i32::try_from(result) {
-        // SAFETY: the kernel has just made this descriptor for the caller.
-        Ok(descriptor) if descriptor >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(descriptor) }),
+        Ok(result) if result >= 0 => Ok(result),
         _ => Err(io::Error::last_os_error()),
     }
 }

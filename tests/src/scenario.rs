@@ -193,6 +193,19 @@ impl Scenario {
         assert!(arrived.is_some(), "{from} to {to} never reaches {pod}: {last:?}{}", self.log_of_agent());
     }
 
+    /// Asks until any pod answers the client's first address.
+    ///
+    /// # Panics
+    ///
+    /// When none does in time.
+    pub fn wait_for_any_pod(&self, to: IpAddr) {
+        let answered = wait::until(EDIT_TAKES_EFFECT_WITHIN, || {
+            let question = self.question(Protocol::Udp, 0, to, 5060).expecting_silence();
+            question.ask_who(&self.lab.client).unwrap_or_else(|error| panic!("{error:#}")).ok()
+        });
+        assert!(answered.is_some(), "{to} is never answered{}", self.log_of_agent());
+    }
+
     /// Asks until no answer comes any more.
     ///
     /// # Panics

@@ -23,16 +23,17 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
 };
 
 use anyhow::Context as _;
 use socket2::Socket;
 
 use crate::{
-    capture::Capture,
+    capture::{Capture, Direction},
     host::{Host, INTERFACE},
     netns::{self, Namespace},
-    packets::protocol,
+    packets::{Packet, protocol},
     responder::{Ports, Responder},
 };
 
@@ -43,6 +44,7 @@ pub const NODE_NAME: &str = "node1";
 /// Where bpffs is.
 pub const BPFFS: &str = "/sys/fs/bpf";
 
+const CONNECTED_WITHIN: Duration = Duration::from_secs(10);
 const NODE_V4: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 1);
 const NODE_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 1);
 const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x64];
@@ -185,7 +187,24 @@ impl Lab {
         let accepted =
             client.accept_protocols(&[protocol::SCTP, protocol::DCCP, protocol::GRE, protocol::ESP])?;
         let responder = Responder::start(&client.namespace, &client.name, &Ports::default())?;
-        Ok(Self { _accepted: accepted, _client_responder: responder, pods, client, node, pins })
+        let lab = Self { _accepted: accepted, _client_responder: responder, pods, client, node, pins };
+        lab.wait_until_connected()?;
+        Ok(lab)
+    }
+
+    /// Interfaces come up in their own time, and until then a missing answer would mean nothing.
+    fn wait_until_connected(&self) -> anyhow::Result<()> {
+        for pod in &self.pods {
+            for to in pod.host.addresses.iter().copied() {
+                let capture = self.client.capture()?;
+                self.client.send(&[Packet::echo_request(self.client.address(to), to, 1, 1, b"up?")])?;
+                let is_answer = |packet: &Packet| packet.source == to && packet.echo().is_some();
+                capture
+                    .wait_for(CONNECTED_WITHIN, Direction::In, is_answer)
+                    .with_context(|| format!("the lab does not connect the client with {to}"))?;
+            }
+        }
+        Ok(())
     }
 
     /// The pod called `name`.

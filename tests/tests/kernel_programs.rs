@@ -30,7 +30,7 @@ use proxier_common::{
     MemberValue, SERVICE_PASS_WITHOUT_BACKEND, ServiceKey, ServiceValue, SessionKey, SessionValue,
 };
 use proxier_ebpf::{
-    Verdict,
+    Origin, Verdict,
     host::{HostPacket, HostTables},
 };
 
@@ -40,6 +40,7 @@ const CHECKSUM_COMPLETE: u32 = 1 << 2;
 
 const TCX_NEXT: i32 = -1;
 const TC_ACT_SHOT: i32 = 2;
+const TC_ACT_REDIRECT: i32 = 7;
 
 /// The start of `union bpf_attr` for BPF_PROG_TEST_RUN (linux/bpf.h).
 #[repr(C)]
@@ -83,7 +84,7 @@ impl Kernel {
         let bytes = fs::read(Path::new(&object))
             .unwrap_or_else(|error| panic!("{object}: {error}; run `cargo xtask build-ebpf`"));
         let mut ebpf = EbpfLoader::new().load(&bytes).expect("the kernel takes the maps (as root)");
-        for name in ["proxier_request", "proxier_reply"] {
+        for name in ["proxier_request", "proxier_reply", "proxier_pod_in", "proxier_pod_out"] {
             let program: &mut SchedClassifier = ebpf.program_mut(name).unwrap().try_into().unwrap();
             program.load().expect("the verifier accepts the program");
         }
@@ -169,6 +170,7 @@ fn with_kernel<R>(test: impl FnOnce(&mut Kernel) -> R) -> R {
 fn code(verdict: Verdict) -> i32 {
     match verdict {
         Verdict::Next | Verdict::Rewritten => TCX_NEXT,
+        Verdict::Hairpin => TC_ACT_REDIRECT,
         Verdict::Drop(_) => TC_ACT_SHOT,
     }
 }
@@ -178,7 +180,8 @@ fn code(verdict: Verdict) -> i32 {
 fn both(kernel: &Kernel, tables: &HostTables, program: &str, packet: &HostPacket) -> (Verdict, HostPacket) {
     let mut expected = packet.clone();
     let verdict = match program {
-        "proxier_request" => proxier_ebpf::request(&mut expected, tables),
+        "proxier_request" => proxier_ebpf::request(&mut expected, tables, Origin::Outside),
+        "proxier_pod_in" => proxier_ebpf::request(&mut expected, tables, Origin::Pod),
         _ => proxier_ebpf::reply(&mut expected, tables),
     };
     let (code_found, found) = kernel.run(program, packet, 0).expect("the program runs");

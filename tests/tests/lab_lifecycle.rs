@@ -1,5 +1,10 @@
 //! The agent comes and goes; traffic does not notice.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that cannot go on panics; clippy sees tests in `#[test]` functions only"
+)]
+
 use std::{
     collections::BTreeSet,
     io::{Read as _, Write as _},
@@ -10,11 +15,12 @@ use std::{
 
 use proxier_tests::{
     exchange::{PATIENCE, Protocol},
-    neighbour::{Neighbour, Verdict},
+    neighbour::{Neighbour, Verdict, tcx_programs},
     responder::Sighting,
     scenario::{Scenario, externals},
     skip_unless_root,
     topology::{LabSpec, UPLINK},
+    wait,
 };
 
 /// A connection that stays open, and the pod at its other end.
@@ -136,6 +142,20 @@ fn traffic_goes_on_when_the_agent_is_killed_and_comes_back_by_clsact() {
     traffic_goes_on_without_the_agent("clsact");
 }
 
+/// That nothing is lost is worth something only if a loss would be seen.
+#[test]
+fn a_moment_without_programs_is_noticed() {
+    skip_unless_root!();
+    let mut scenario = Scenario::start(&LabSpec::unique(), &[]);
+    let [v4, _] = externals();
+    let (_, lost) = lost_during(&mut scenario, v4, |scenario| {
+        scenario.kill_agent();
+        assert!(scenario.proxier(&["cleanup"]).status.success());
+        scenario.start_agent();
+    });
+    assert!(!lost.is_empty());
+}
+
 fn no_packet_is_lost_over_restarts(attach: &str) {
     let mut scenario = Scenario::start(&LabSpec::unique(), &["--attach", attach]);
     for external in externals() {
@@ -169,6 +189,9 @@ fn no_packet_is_lost_when_another_way_of_attaching_is_chosen() {
     skip_unless_root!();
     let mut scenario = Scenario::start(&LabSpec::unique(), &["--attach", "tcx"]);
     let [v4, _] = externals();
+    // Adding a qdisc to an interface that is up makes the kernel itself drop what it sends for a moment
+    // (`qdisc_graft` deactivates the device): that is not what is looked at here.
+    let _ = scenario.on_node("tc", &["qdisc", "add", "dev", UPLINK, "clsact"]);
     let (sent, lost) = lost_during(&mut scenario, v4, |scenario| {
         for attach in ["clsact", "tcx"] {
             scenario.stop_agent();
@@ -192,9 +215,8 @@ fn no_packet_is_lost_while_other_pods_come_and_go() {
         for _ in 0..5 {
             for pods in [&one, &all] {
                 scenario.write_pods(pods);
-                let known = proxier_tests::wait::until(PATIENCE, || {
-                    (scenario.get("endpoints").len() == pods.len()).then_some(())
-                });
+                let known =
+                    wait::until(PATIENCE, || (scenario.get("endpoints").len() == pods.len()).then_some(()));
                 assert!(known.is_some(), "{:?}", scenario.get("endpoints"));
             }
         }
@@ -224,15 +246,21 @@ fn cleanup_leaves_nothing(attach: &str) {
     let mut scenario = Scenario::start(&LabSpec::unique(), &["--attach", attach]);
     let [v4, _] = externals();
     let _ = scenario.ask(&scenario.question(Protocol::Udp, 42000, v4, 5060));
-    let attached = scenario.on_node("bpftool", &["net"]);
-    assert!(attached.contains("proxier_request") && attached.contains("proxier_reply"), "{attached}");
+    let attached = |scenario: &Scenario| {
+        let by_clsact = scenario.on_node("bpftool", &["net"]).matches("proxier_").count();
+        let by_tcx = tcx_programs(&scenario.lab.node.namespace, UPLINK).unwrap();
+        (by_tcx, by_clsact)
+    };
+    assert_eq!(attached(&scenario).0, if attach == "tcx" { 2 } else { 0 });
+    assert_eq!(attached(&scenario).1 == 0, attach == "tcx");
     scenario.kill_agent();
 
     let output = scenario.proxier(&["cleanup"]);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(!scenario.lab.pin_path().exists(), "{} is still there", scenario.lab.pin_path().display());
-    let attached = scenario.on_node("bpftool", &["net"]);
-    assert!(!attached.contains("proxier"), "{attached}");
+    // The kernel frees a link that nobody holds any more in its own time.
+    let detached = wait::until(PATIENCE, || (attached(&scenario) == (0, 0)).then_some(()));
+    assert!(detached.is_some(), "still attached by tcx and clsact: {:?}", attached(&scenario));
     let outcome =
         scenario.question(Protocol::Udp, 42001, v4, 5060).expecting_silence().ask(&scenario.lab).unwrap();
     outcome.answer.unwrap_err();
@@ -270,6 +298,10 @@ fn other_programs_on_the_hook_still_decide() {
     to_pod.expecting_silence().ask(&scenario.lab).unwrap().answer.unwrap_err();
     to_service.expecting_silence().ask(&scenario.lab).unwrap().answer.unwrap_err();
     drop(neighbour);
+    let gone = wait::until(PATIENCE, || {
+        (tcx_programs(&scenario.lab.node.namespace, UPLINK).unwrap() == 2).then_some(())
+    });
+    assert!(gone.is_some(), "the other program is still there");
     let _ = scenario.ask(&to_pod);
 }
 

@@ -1,8 +1,14 @@
 //! Every protocol in both families, end to end: what the pod sees, what the client sees, and what is left alone.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that cannot go on panics; clippy sees tests in `#[test]` functions only"
+)]
+
 use std::{
     io::{Read as _, Write as _},
     net::{IpAddr, SocketAddr},
+    process::Stdio,
     time::Duration,
 };
 
@@ -50,6 +56,46 @@ fn every_protocol_is_delivered_and_answered_by_clsact() {
 fn every_protocol_is_delivered_and_answered_without_offloads() {
     skip_unless_root!();
     every_protocol_is_delivered(&LabSpec::unique().without_offloads(), "auto");
+}
+
+/// What nodes of a cluster do to packets: whatever conntrack finds invalid is dropped, and what pods send to the
+/// outside leaves with the node's address. Replies must be neither.
+const NODE_FIREWALL: &str = "
+table inet node {
+  chain forward {
+    type filter hook forward priority filter; policy drop;
+    ct state invalid drop
+    ct state established,related accept
+    iifname uplink0 accept
+  }
+  chain postrouting {
+    type nat hook postrouting priority srcnat;
+    oifname uplink0 ip saddr 11.0.0.0/8 masquerade
+    oifname uplink0 ip6 saddr 1100::/16 masquerade
+  }
+}
+";
+
+#[test]
+fn the_nodes_connection_tracking_sees_one_consistent_conversation() {
+    skip_unless_root!();
+    for attach in ["tcx", "clsact"] {
+        let scenario = Scenario::start(&LabSpec::unique(), &["--attach", attach]);
+        let mut nft = scenario.lab.node.namespace.command("nft").unwrap();
+        let mut nft = match nft.args(["-f", "-"]).stdin(Stdio::piped()).spawn() {
+            Ok(nft) => nft,
+            Err(error) => return eprintln!("SKIPPED: no nft here ({error}): install nftables"),
+        };
+        nft.stdin.take().unwrap().write_all(NODE_FIREWALL.as_bytes()).unwrap();
+        assert!(nft.wait().unwrap().success());
+        // Conntrack finds the kernel's own UDP-Lite invalid, with or without proxier.
+        let protocols = Protocol::ALL.into_iter().filter(|protocol| *protocol != Protocol::UdpLite);
+        for (from_port, protocol) in (41000..).zip(protocols) {
+            for external in externals() {
+                let _ = scenario.ask(&scenario.question(protocol, from_port, external, PORT));
+            }
+        }
+    }
 }
 
 #[test]

@@ -1,6 +1,11 @@
 //! The lab itself, without proxier: what its other tests conclude is worth nothing if the lab cannot tell right
 //! from wrong.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that cannot go on panics; clippy sees tests in `#[test]` functions only"
+)]
+
 use std::net::SocketAddr;
 
 use proxier_tests::{

@@ -25,6 +25,8 @@ use tempfile::TempDir;
 
 /// How long the agent may take from an edit to the kernel, on a busy machine.
 const EDIT_TAKES_EFFECT_WITHIN: Duration = Duration::from_secs(10);
+/// Someone is watching: an answer takes a millisecond, and one that does not come should not take long.
+const PATIENCE: Duration = Duration::from_secs(2);
 /// Enough for both pods to have some of them, but for a chance of one in billions.
 const CLIENTS: u8 = 32;
 const EXTERNAL: [&str; 2] = ["10.0.0.55", "1000::55"];
@@ -32,7 +34,7 @@ const SLICES: &str = "endpointslices.yaml";
 
 /// Arguments of `demo`.
 #[derive(Debug, clap::Args)]
-pub struct DemoOptions {
+pub(crate) struct DemoOptions {
     /// Leave everything up until Ctrl-C, and say how to play with it
     #[arg(long)]
     keep: bool,
@@ -41,15 +43,15 @@ pub struct DemoOptions {
     examples: Option<PathBuf>,
     /// Run this agent instead of building one
     #[arg(long, value_name = "PATH")]
-    pub agent: Option<PathBuf>,
+    pub(crate) agent: Option<PathBuf>,
 }
 
 /// Runs the demo with the agent at `agent`; whether every row was as it should be.
 ///
 /// # Errors
 ///
-/// The demo could not be shown: no root, something missing, the agent does not start, Ctrl-C.
-pub fn run(agent: &Path, options: &DemoOptions) -> Result<bool> {
+/// The demo could not be shown: no root, another one is running, the agent does not start, Ctrl-C.
+pub(crate) fn run(agent: &Path, options: &DemoOptions) -> Result<bool> {
     proxier_tests::need_root()?;
     wait::stop_on_signals()?;
     let _lock = lock()?;
@@ -60,10 +62,8 @@ pub fn run(agent: &Path, options: &DemoOptions) -> Result<bool> {
     }
     if let Err(error) = shown {
         demo.failed += 1;
-        demo.end();
-        return Err(error);
-    }
-    if options.keep {
+        eprintln!("the demo ends early: {error:#}");
+    } else if options.keep {
         demo.explain();
         while !wait::interrupted() {
             std::thread::sleep(Duration::from_millis(100));
@@ -102,6 +102,7 @@ struct Demo {
     agent: Agent,
     lab: Lab,
     work: TempDir,
+    binary: PathBuf,
     /// Every question has a port of its own, so that no row meets what another left behind.
     next_port: u16,
     passed: usize,
@@ -109,7 +110,7 @@ struct Demo {
 }
 
 impl Demo {
-    fn start(agent: &Path, options: &DemoOptions) -> Result<Self> {
+    fn start(binary: &Path, options: &DemoOptions) -> Result<Self> {
         let work = tempfile::Builder::new().prefix("proxier-demo-").tempdir()?;
         let manifests = work.path().join("manifests");
         let examples = options.examples.clone().unwrap_or_else(manifests::examples);
@@ -121,8 +122,8 @@ impl Demo {
             "Service default/kpng-example: externalIPs {}; port 6000, which nothing below uses\n",
             EXTERNAL.join(", ")
         );
-        let agent = AgentSpec::new(agent, &manifests, &work.path().join("agent.log")).start(&lab)?;
-        Ok(Self { agent, lab, work, next_port: 41000, passed: 0, failed: 0 })
+        let agent = AgentSpec::new(binary, &manifests, &work.path().join("agent.log")).start(&lab)?;
+        Ok(Self { agent, lab, work, binary: binary.to_owned(), next_port: 41000, passed: 0, failed: 0 })
     }
 
     fn show(&mut self) -> Result<()> {
@@ -243,7 +244,8 @@ impl Demo {
 
     fn question(&mut self, protocol: Protocol, to: SocketAddr) -> Question {
         self.next_port += 1;
-        Question::new(&self.lab, protocol, self.next_port, to)
+        let question = Question::new(&self.lab, protocol, self.next_port, to);
+        Question { timeout: PATIENCE, ..question }
     }
 
     /// A client address that is on `pod` for `external`.
@@ -251,11 +253,13 @@ impl Demo {
         let addresses = self.lab.client.addresses.clone();
         for address in addresses.into_iter().filter(|address| address.is_ipv4() == external.is_ipv4()) {
             let question = self.question(Protocol::Udp, SocketAddr::new(external, 5060)).from(address);
-            if question.ask_who(&self.lab.client)?.is_ok_and(|sighting| sighting.host == pod) {
-                return Ok(address);
+            match question.ask_who(&self.lab.client)? {
+                Ok(sighting) if sighting.host == pod => return Ok(address),
+                Ok(_) => {}
+                Err(reason) => bail!("{address} to {external}: {reason}; look at {}", self.where_to_look()),
             }
         }
-        bail!("none of {CLIENTS} clients of {external} is on pod {pod}; {}", self.where_to_look());
+        bail!("none of {CLIENTS} clients of {external} is on pod {pod}; look at {}", self.where_to_look());
     }
 
     /// Asks until the last edit shows, and shows that.
@@ -338,20 +342,20 @@ impl Demo {
   {client} ping -c 3 1000::55
   {client} nc -v 10.0.0.55 8443        type a line: the pod says who it is, and echoes
   {client} nc -u 1000::55 5060
-  {client} tcpdump -ni eth0            what the client sees; in {pod} what the pod sees
-  {node} tcpdump -ni uplink0
+  {client} tcpdump -ni eth0            what the client sees
+  {pod} tcpdump -ni eth0             what the pod sees
 
   bpftool map dump pinned {pins}/v1/services
   bpftool map dump pinned {pins}/v1/backends
   bpftool map dump pinned {pins}/v1/flows
-  proxier get services --pin-path {pins}
-  proxier get flows --pin-path {pins}
+  {proxier} get services --pin-path {pins}
+  {proxier} get flows --pin-path {pins}
 
   manifests, read at every change: {manifests}
   agent's log:                     {log}
 ",
             client = enter("client"),
-            node = enter("node"),
+            proxier = self.binary.display(),
             pod = enter("pod-1"),
             manifests = manifests.display(),
             log = self.agent.log_path().display(),

@@ -58,7 +58,7 @@ pub(super) fn count_drop(counter: u32) {
 /// The maps of this object.
 pub(super) struct KernelTables;
 
-/// A value in a map, of four words.
+/// A value in a map, seen as words.
 ///
 /// It outlives the program's run (RCU), but other CPUs read and write it at the same time. Volatile accesses by whole
 /// words are what READ_ONCE and WRITE_ONCE are in the kernel: never torn, never repeated. The fields are read together,
@@ -73,8 +73,8 @@ pub(super) type KernelSession = Entry<SessionValue>;
 
 impl<V> Entry<V> {
     #[inline(always)]
-    fn words(&self) -> [u64; 4] {
-        const { assert!(size_of::<V>() == 32 && align_of::<V>() == 8) };
+    fn words<const WORDS: usize>(&self) -> [u64; WORDS] {
+        const { assert!(size_of::<V>() == WORDS * 8 && align_of::<V>() == 8) };
         // SAFETY: a look-up in this run returned the pointer to a `V`, which has this size and alignment.
         unsafe { ptr::read_volatile(self.0.cast()) }
     }
@@ -109,8 +109,8 @@ impl FlowEntry for KernelFlow {
 impl SessionEntry for KernelSession {
     #[inline(always)]
     fn value(&self) -> SessionValue {
-        // SAFETY: both types have 32 bytes, and any bytes make a value of plain integers.
-        unsafe { mem::transmute::<[u64; 4], SessionValue>(self.words()) }
+        // SAFETY: both types have 48 bytes, and any bytes make a value of plain integers.
+        unsafe { mem::transmute::<[u64; 6], SessionValue>(self.words()) }
     }
 
     #[inline(always)]
@@ -119,7 +119,8 @@ impl SessionEntry for KernelSession {
     }
 
     #[inline(always)]
-    fn set_generation(&self, generation: u32) {
+    fn set_generation(&self, service_id: u32, generation: u32) {
+        self.write(offset_of!(SessionValue, service_id), service_id);
         self.write(offset_of!(SessionValue, generation), generation);
     }
 }
@@ -183,6 +184,12 @@ impl Tables for KernelTables {
     }
 
     #[inline(always)]
+    fn remove_flow(&self, key: &FlowKey) {
+        // The only error is that it is not there.
+        let _ = FLOWS.remove(key);
+    }
+
+    #[inline(always)]
     fn fragment(&self, key: &FragmentKey) -> Option<FragmentValue> {
         // SAFETY: copied at once; an entry reused meanwhile can only misdirect a packet that came a minute late.
         unsafe { FRAGMENTS.get(key) }.copied()
@@ -192,5 +199,11 @@ impl Tables for KernelTables {
     fn put_fragment(&self, key: &FragmentKey, value: &FragmentValue) {
         // Without the entry the rest of the packet leaves unchanged and the receiver asks again.
         let _ = FRAGMENTS.insert(key, value, u64::from(BPF_ANY));
+    }
+
+    #[inline(always)]
+    fn remove_fragment(&self, key: &FragmentKey) {
+        // The only error is that it is not there.
+        let _ = FRAGMENTS.remove(key);
     }
 }

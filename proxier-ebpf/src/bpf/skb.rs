@@ -81,8 +81,7 @@ impl<const LINK_HEADER: u32> Packet for Skb<'_, LINK_HEADER> {
 
     #[inline(always)]
     fn store_checksum(&mut self, offset: u32, checksum: u16) -> Result<(), WriteError> {
-        // The kernel computes the checksums of the ICMP errors it makes itself, so none is left to hardware. RECOMPUTE_CSUM
-        // keeps a CHECKSUM_COMPLETE right, whatever this field makes up for.
+        // RECOMPUTE_CSUM keeps a CHECKSUM_COMPLETE right, whatever this field makes up for.
         self.context
             .store(offset as usize, &checksum, u64::from(BPF_F_RECOMPUTE_CSUM))
             .map_err(|_| WriteError)

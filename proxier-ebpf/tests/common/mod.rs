@@ -21,7 +21,10 @@ use internet_checksum::Checksum;
 use proxier_common::{
     Address, BackendKey, BackendValue, MemberKey, MemberValue, ServiceKey, ServiceValue, timeout::SECOND,
 };
-use proxier_ebpf::host::{HostPacket, HostTables};
+use proxier_ebpf::{
+    Origin, Tables, Verdict,
+    host::{HostPacket, HostTables},
+};
 
 pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
@@ -85,7 +88,7 @@ pub fn set_pods(tables: &HostTables, externals: &[IpAddr], pods: &[IpAddr], gene
         tables.backends.borrow_mut().insert(key, BackendValue { pod });
         members
             .entry(MemberKey { pod, service_id: SERVICE_ID, padding: 0 })
-            .or_insert(MemberValue { since_generation: generation });
+            .or_insert(MemberValue { since_generation: generation, flags: 0 });
     }
     for external in externals {
         tables.services.borrow_mut().insert(
@@ -100,6 +103,16 @@ pub fn set_pods(tables: &HostTables, externals: &[IpAddr], pods: &[IpAddr], gene
             },
         );
     }
+}
+
+/// A packet that comes in by an uplink.
+pub fn request<T: Tables>(packet: &mut HostPacket, tables: &T) -> Verdict {
+    proxier_ebpf::request(packet, tables, Origin::Outside)
+}
+
+/// A packet that comes in by a pod's link.
+pub fn request_of_pod<T: Tables>(packet: &mut HostPacket, tables: &T) -> Verdict {
+    proxier_ebpf::request(packet, tables, Origin::Pod)
 }
 
 /// What a test may vary about the headers before the transport header.

@@ -62,6 +62,44 @@ fn every_flag_can_come_from_the_environment() {
 }
 
 #[test]
+fn everything_that_the_kernel_has_can_be_listed_in_the_singular_too() {
+    for (word, is) in [
+        ("sessions", (|what| matches!(what, GetCommand::Sessions(_))) as fn(GetCommand) -> bool),
+        ("drops", |what| matches!(what, GetCommand::Drops(_))),
+        ("flows", |what| matches!(what, GetCommand::Flows(_))),
+        ("endpoints", |what| matches!(what, GetCommand::Endpoints(_))),
+        ("services", |what| matches!(what, GetCommand::Services(_))),
+    ] {
+        for word in [word, word.trim_end_matches('s')] {
+            let Command::Get { what } = parse(&format!("proxier get {word} -o wide --pin-path /p")).command
+            else {
+                panic!("{word}")
+            };
+            assert!(is(what), "{word}");
+        }
+    }
+}
+
+#[test]
+fn a_name_that_no_interface_can_have_is_refused_with_what_a_name_may_be() {
+    for good in ["eth0", "bond0.100", "a-name-of-15-by", "ethé", " eth1 "] {
+        assert_eq!(interface_name(good).as_deref(), Ok(good.trim()));
+    }
+    for bad in ["", " ", "eth0 eth1", "eth0/1", "eth0:1", ".", "..", "a-name-of-16-byt"] {
+        let error = interface_name(bad).unwrap_err();
+        assert!(error.contains("write 1 to 15 bytes"), "{bad:?}: {error}");
+    }
+}
+
+#[test]
+fn a_range_that_is_none_is_refused_with_an_example() {
+    assert_eq!(cidr(" 10.0.0.0/8"), Ok("10.0.0.0/8".parse().unwrap()));
+    for bad in ["", "10.0.0.5", "10.0.0.0/33", "10.0.0.300/8", "1000::/129", "eth0"] {
+        assert!(cidr(bad).unwrap_err().contains("such as 192.0.2.0/24"), "{bad}");
+    }
+}
+
+#[test]
 fn what_is_not_understood_is_a_usage_error() {
     for line in [
         "proxier",
@@ -69,6 +107,8 @@ fn what_is_not_understood_is_a_usage_error() {
         "proxier file --input /m",
         "proxier file --input /m to-bpf --no-backend maybe",
         "proxier file --input /m to-bpf --external-cidr 10.0.0.300/8",
+        "proxier file --input /m to-bpf --uplink eth0/1",
+        "proxier --log-level loud=x=y get services",
         "proxier get pods",
         "proxier kube to-bpf",
     ] {

@@ -44,10 +44,21 @@ pub struct DesiredService {
     pub externals: BTreeSet<IpAddr>,
     /// Addresses of the pods on this node. All of the key's family. May be empty.
     pub pods: BTreeSet<IpAddr>,
+    /// Addresses of the other pods of the Service on this node, which are not ready or about to end: they keep the
+    /// conversations that they have, and get no new ones. All of the key's family.
+    pub draining: BTreeSet<IpAddr>,
     /// How long an idle client keeps its pod, in seconds.
     pub affinity_timeout: u32,
     /// What happens without pods.
     pub no_backend: NoBackend,
+}
+
+impl DesiredService {
+    /// Whether a pod is there, draining or not.
+    #[must_use]
+    pub fn has(&self, pod: IpAddr) -> bool {
+        self.pods.contains(&pod) || self.draining.contains(&pod)
+    }
 }
 
 /// What the kernel should have.
@@ -64,6 +75,8 @@ pub struct Settings {
     pub node: NodeName,
     /// What happens to packets for a Service without pods here.
     pub no_backend: NoBackend,
+    /// Addresses that this node's interfaces have now, whether or not a Node object says so.
+    pub local_addresses: BTreeSet<IpAddr>,
     /// Where external addresses may lie; anywhere if there is none.
     pub external_cidrs: Vec<IpNet>,
     /// Whether `spec.externalIPs` count.
@@ -81,6 +94,7 @@ impl Settings {
         Self {
             node,
             no_backend: NoBackend::Drop,
+            local_addresses: BTreeSet::new(),
             external_cidrs: Vec::new(),
             external_ips: true,
             load_balancer_ips: true,
@@ -108,13 +122,15 @@ pub fn compute(catalog: &Catalog, settings: &Settings) -> (Desired, Vec<Problem>
 
     let mut desired = Desired::default();
     for (service, externals) in owned {
+        problems.extend(without_endpoints(catalog, service, settings));
         for family in Family::ALL {
             let externals: BTreeSet<_> =
                 externals.iter().copied().filter(|address| Family::of(*address) == family).collect();
             if externals.is_empty() {
                 continue;
             }
-            let pods = select::local_pods(catalog, &service.name, family, &settings.node);
+            let select::LocalPods { pods, draining } =
+                select::local_pods(catalog, &service.name, family, &settings.node);
             if pods.is_empty() {
                 problems.extend(wrong_family(catalog, service, family, &externals));
             }
@@ -123,12 +139,14 @@ pub fn compute(catalog: &Catalog, settings: &Settings) -> (Desired, Vec<Problem>
                 DesiredService {
                     externals,
                     pods,
+                    draining,
                     affinity_timeout: service.affinity_timeout(),
                     no_backend: settings.no_backend,
                 },
             );
         }
     }
+    problems.extend(unknown_node(catalog, &settings.node));
     problems.sort();
     (desired, problems)
 }
@@ -174,6 +192,58 @@ fn may_be_served(service: &Service, settings: &Settings, problems: &mut Vec<Prob
         return false;
     }
     true
+}
+
+/// More names than this are no help.
+const MAX_NODE_NAMES: usize = 5;
+
+/// If nothing speaks of this node, says so: with a slip in its name all goes well, and no pod is ever local.
+fn unknown_node(catalog: &Catalog, node: &NodeName) -> Option<Problem> {
+    let nodes = || catalog.nodes().map(|node| &node.name);
+    let of_endpoints = || {
+        let endpoints = catalog.slices().flat_map(|slice| &slice.endpoints);
+        endpoints.filter_map(|endpoint| endpoint.node.as_ref())
+    };
+    if nodes().chain(of_endpoints()).any(|known| known == node) {
+        return None;
+    }
+    let known: BTreeSet<&NodeName> = nodes().chain(of_endpoints()).collect();
+    if known.is_empty() {
+        return None;
+    }
+    let mut names: Vec<_> = known.iter().take(MAX_NODE_NAMES).map(|name| name.as_str()).collect();
+    if known.len() > names.len() {
+        names.push("...");
+    }
+    // Without Nodes, this one may just have no pod.
+    let severity = if nodes().next().is_some() { Severity::Warning } else { Severity::Info };
+    Some(Problem::new(
+        severity,
+        Subject::Object(ObjectId::Node(node.clone())),
+        "is this node's name, and no Node and no endpoint has it: no pod is local",
+        format!("check --node-name (NODE_NAME); names that there are: {}", names.join(", ")),
+    ))
+}
+
+/// If no node has a pod of the Service, says so: that its pods are on other nodes, or about to start, is no mistake.
+fn without_endpoints(catalog: &Catalog, service: &Service, settings: &Settings) -> Option<Problem> {
+    if catalog.slices_of(&service.name).any(|slice| !slice.endpoints.is_empty()) {
+        return None;
+    }
+    let happens = match settings.no_backend {
+        NoBackend::Drop => "dropped",
+        NoBackend::Pass => "left to the rest of the node",
+    };
+    let ObjectName { namespace, name } = &service.name;
+    Some(Problem::new(
+        Severity::Warning,
+        Subject::Object(ObjectId::Service(service.name.clone())),
+        format!("has no endpoint on any node: packets for its external addresses are {happens}"),
+        format!(
+            "check that its selector matches pods, or write an EndpointSlice in namespace {namespace} with the label \
+             kubernetes.io/service-name: {name}"
+        ),
+    ))
 }
 
 /// If the Service has pods, but of the other family alone, says so: the usual cause is a single-stack Service.

@@ -136,6 +136,15 @@ impl<'a> Taken<'a> {
                 "write an address that no node has".to_owned(),
             ));
         }
+        if settings.local_addresses.contains(&address) {
+            return Some((
+                "is an address of an interface of this node, which would be cut off".to_owned(),
+                format!(
+                    "write an address that no node has; or if it is there to attract traffic alone, move it to the \
+                     interface lo (`ip address show to {address}` shows where it is)"
+                ),
+            ));
+        }
         if self.endpoints.contains(&address) {
             return Some((
                 "is the address of a pod".to_owned(),
@@ -192,9 +201,20 @@ mod tests {
     fn desired(objects: Vec<Object>, settings: &Settings) -> (Desired, Vec<Problem>) {
         let mut catalog = Catalog::default();
         for object in objects {
+            if let Object::Service(service) = &object {
+                give_pods(&mut catalog, &service.name.name);
+            }
             catalog.apply(object);
         }
         compute(&catalog, settings)
+    }
+
+    /// So that nothing but its addresses is wrong with a Service.
+    fn give_pods(catalog: &mut Catalog, service: &str) {
+        for (family, pod) in [(4, "11.255.0.2"), (6, "1100:ffff::2")] {
+            let slice = mk_slice(&format!("{service}-{family}"), service, [mk_endpoint(pod, "node1")]);
+            catalog.apply(slice.into());
+        }
     }
 
     fn owner_of(desired: &Desired, address: &str) -> Option<String> {
@@ -239,6 +259,8 @@ mod tests {
         let old = created(mk_service("old", ["10.0.0.55"]), 100);
         let new = created(mk_service("new", ["10.0.0.55"]), 200);
         let mut catalog = Catalog::default();
+        give_pods(&mut catalog, "old");
+        give_pods(&mut catalog, "new");
         catalog.apply(old.clone().into());
         catalog.apply(new.into());
         assert_eq!(owner_of(&compute(&catalog, &settings()).0, "10.0.0.55").as_deref(), Some("old"));
@@ -298,6 +320,26 @@ mod tests {
         assert_eq!(owner_of(&desired, "192.168.1.2"), None);
         assert_eq!(owner_of(&desired, "10.0.0.55").as_deref(), Some("web"));
         assert!(problems[0].to_string().contains("is an address of Node node2"), "{}", problems[0]);
+    }
+
+    #[test]
+    fn an_address_of_this_nodes_interfaces_is_never_taken_even_if_no_node_object_says_so() {
+        let settings =
+            Settings { local_addresses: BTreeSet::from(["192.168.1.1".parse().unwrap()]), ..settings() };
+        let (desired, problems) =
+            desired(vec![mk_service("web", ["192.168.1.1", "10.0.0.55"]).into()], &settings);
+        assert_eq!(owner_of(&desired, "192.168.1.1"), None);
+        assert_eq!(owner_of(&desired, "10.0.0.55").as_deref(), Some("web"));
+        let texts: Vec<_> = problems.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            texts,
+            [
+                "Service default/web: spec.externalIPs[0] \"192.168.1.1\" is an address of an interface of this node, \
+             which would be cut off: not taken; write an address that no node has; or if it is there to attract \
+             traffic alone, move it to the interface lo (`ip address show to 192.168.1.1` shows where it is)"
+            ]
+        );
+        assert_eq!(problems[0].severity, Severity::Warning);
     }
 
     #[test]

@@ -8,15 +8,18 @@ use crate::{
     model::{Endpoint, Family, NodeName, ObjectName},
 };
 
-/// Addresses of the pods that answer for `service` on `node` in `family`: of all its slices, and of each endpoint
-/// all addresses.
+/// Addresses of a Service's pods on a node, of one family.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LocalPods {
+    /// Those that answer.
+    pub pods: BTreeSet<IpAddr>,
+    /// The others, which may still be in conversations.
+    pub draining: BTreeSet<IpAddr>,
+}
+
+/// Addresses of the pods of `service` on `node` in `family`: of all its slices, and of each endpoint all addresses.
 #[must_use]
-pub fn local_pods(
-    catalog: &Catalog,
-    service: &ObjectName,
-    family: Family,
-    node: &NodeName,
-) -> BTreeSet<IpAddr> {
+pub fn local_pods(catalog: &Catalog, service: &ObjectName, family: Family, node: &NodeName) -> LocalPods {
     let local: Vec<&Endpoint> = catalog
         .slices_of(service)
         .filter(|slice| slice.family == family)
@@ -24,12 +27,18 @@ pub fn local_pods(
         .filter(|endpoint| endpoint.node.as_ref() == Some(node))
         .collect();
     let any_ready = local.iter().any(|endpoint| endpoint.ready);
-    local
-        .into_iter()
-        .filter(|endpoint| is_preferred(endpoint, any_ready))
-        .flat_map(|endpoint| &endpoint.addresses)
-        .copied()
-        .collect()
+    let mut found = LocalPods::default();
+    for endpoint in local {
+        let addresses = endpoint.addresses.iter().copied();
+        if is_preferred(endpoint, any_ready) {
+            found.pods.extend(addresses);
+        } else {
+            found.draining.extend(addresses);
+        }
+    }
+    // An address can be in two slices that do not agree, while one of them is being replaced.
+    found.draining.retain(|address| !found.pods.contains(address));
+    found
 }
 
 /// Whether traffic may go to an endpoint, given whether `any_ready` of its Service, node and family is ready.
@@ -47,6 +56,7 @@ mod tests {
         let mut catalog = Catalog::default();
         catalog.apply(mk_slice("web-1", "web", endpoints).into());
         local_pods(&catalog, &mk_name("web"), Family::V4, &NodeName::new("node1"))
+            .pods
             .iter()
             .map(ToString::to_string)
             .collect()
@@ -112,7 +122,7 @@ mod tests {
             mk_slice("web-2", "web", [mk_endpoint("11.0.2.2", "node1"), mk_endpoint("11.0.2.3", "node1")])
                 .into(),
         );
-        assert_eq!(local_pods(&catalog, &mk_name("web"), Family::V4, &NodeName::new("node1")).len(), 2);
+        assert_eq!(local_pods(&catalog, &mk_name("web"), Family::V4, &NodeName::new("node1")).pods.len(), 2);
     }
 
     #[test]
@@ -126,5 +136,16 @@ mod tests {
     fn three_hundred_local_pods_are_all_chosen() {
         let all = (0..300).map(|n| mk_endpoint(&format!("11.0.{}.{}", n / 250, n % 250 + 1), "node1"));
         assert_eq!(pods(all).len(), 300);
+    }
+
+    #[test]
+    fn who_does_not_answer_is_drained_and_an_address_does_both_never() {
+        let mut catalog = Catalog::default();
+        let ready = || mk_endpoint("11.0.0.1", "node1");
+        let unready = |address| not_ready(mk_endpoint(address, "node1"));
+        catalog.apply(mk_slice("web-1", "web", [ready(), unready("11.0.0.2"), unready("11.0.0.1")]).into());
+        let found = local_pods(&catalog, &mk_name("web"), Family::V4, &NodeName::new("node1"));
+        assert_eq!(found.pods, BTreeSet::from(["11.0.0.1".parse().unwrap()]));
+        assert_eq!(found.draining, BTreeSet::from(["11.0.0.2".parse().unwrap()]));
     }
 }

@@ -47,9 +47,62 @@ fn an_external_address_without_a_local_pod_stays_with_none() {
     let (desired, problems) = desired([
         mk_service("web", ["10.0.0.55"]).into(),
         mk_slice("web-4", "web", [mk_endpoint("11.0.1.2", "node2")]).into(),
+        mk_node("node1", []).into(),
     ]);
     assert_eq!(desired.services[&key("web", Family::V4)].pods, addresses(&[]));
     assert_eq!(problems, []);
+}
+
+#[test]
+fn a_node_name_that_nothing_speaks_of_is_reported_with_the_names_that_there_are() {
+    let objects = |node: &str| -> Vec<Object> {
+        vec![
+            mk_service("web", ["10.0.0.55"]).into(),
+            mk_slice("web-4", "web", [mk_endpoint("11.0.1.2", "node2"), mk_endpoint("11.0.1.3", node)])
+                .into(),
+        ]
+    };
+    let (_, problems) = desired(objects("Node1"));
+    assert_eq!(problems.len(), 1);
+    assert_eq!(problems[0].severity, Severity::Info);
+    assert_eq!(
+        problems[0].to_string(),
+        "Node node1: is this node's name, and no Node and no endpoint has it: no pod is local; check --node-name \
+         (NODE_NAME); names that there are: Node1, node2"
+    );
+
+    let others = (2..9).map(|n| mk_node(&format!("node{n}"), []).into());
+    let (_, problems) = desired(objects("Node1").into_iter().chain(others));
+    assert_eq!(problems[0].severity, Severity::Warning);
+    assert!(problems[0].to_string().ends_with("Node1, node2, node3, node4, node5, ..."), "{}", problems[0]);
+
+    assert_eq!(desired(objects("node1")).1, []);
+    let alone: Object = mk_node("node1", []).into();
+    assert_eq!(desired(objects("Node1").into_iter().chain([alone])).1, []);
+}
+
+#[test]
+fn a_service_without_any_endpoint_is_reported_once_with_what_becomes_of_its_packets() {
+    let objects: [Object; 2] =
+        [mk_service("web", ["10.0.0.55", "1000::55"]).into(), mk_slice("web-4", "web", []).into()];
+    let mut catalog = Catalog::default();
+    objects.into_iter().for_each(|object| catalog.apply(object));
+    for (no_backend, becomes) in
+        [(NoBackend::Drop, "are dropped"), (NoBackend::Pass, "are left to the rest of the node")]
+    {
+        let settings = Settings { no_backend, ..Settings::new(NodeName::new("node1")) };
+        let (desired, problems) = compute(&catalog, &settings);
+        assert_eq!(desired.services.len(), 2);
+        let texts: Vec<_> = problems.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            texts,
+            [format!(
+                "Service default/web: has no endpoint on any node: packets for its external addresses {becomes}; \
+                 check that its selector matches pods, or write an EndpointSlice in namespace default with the label \
+                 kubernetes.io/service-name: web"
+            )]
+        );
+    }
 }
 
 #[test]

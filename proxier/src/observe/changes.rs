@@ -2,10 +2,12 @@
 
 use std::{collections::BTreeSet, net::IpAddr};
 
-use crate::desired::{Desired, DesiredService, ServiceKey};
+use crate::desired::{Desired, DesiredService, NoBackend, ServiceKey};
 
 /// More changes at once than this are counted rather than told one by one.
 const MAX_LINES: usize = 100;
+/// More addresses than this on one line nobody reads; `proxier get` shows them all.
+const MAX_ADDRESSES: usize = 10;
 
 /// What happened to a Service in one family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +56,13 @@ pub fn log(before: &Desired, after: &Desired) {
         match change {
             Change::Programmed(key, service) => line(key, service, "Service programmed"),
             Change::Changed(key, service) => line(key, service, "Service changed"),
-            Change::WithoutPods(key, service) => line(key, service, "Service without local pods"),
+            Change::WithoutPods(key, service) => {
+                let message = match service.no_backend {
+                    NoBackend::Drop => "Service without local pods: packets for it are dropped",
+                    NoBackend::Pass => "Service without local pods: packets for it are passed",
+                };
+                line(key, service, message);
+            }
             Change::Withdrawn(key, service) => tracing::info!(
                 service = %key.service,
                 family = %key.family,
@@ -76,16 +84,18 @@ fn line(key: &ServiceKey, service: &DesiredService, message: &str) {
 }
 
 fn list(addresses: &BTreeSet<IpAddr>) -> String {
-    addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+    let mut text =
+        addresses.iter().take(MAX_ADDRESSES).map(ToString::to_string).collect::<Vec<_>>().join(",");
+    if addresses.len() > MAX_ADDRESSES {
+        text += &format!(" and {} more", addresses.len() - MAX_ADDRESSES);
+    }
+    text
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        desired::NoBackend,
-        model::{Family, testing::mk_name},
-    };
+    use crate::model::{Family, testing::mk_name};
 
     fn state(services: &[(&str, &[&str])]) -> Desired {
         Desired {
@@ -96,6 +106,7 @@ mod tests {
                     let service = DesiredService {
                         externals: BTreeSet::from(["10.0.0.55".parse().unwrap()]),
                         pods: pods.iter().map(|pod| pod.parse().unwrap()).collect(),
+                        draining: BTreeSet::new(),
                         affinity_timeout: 1,
                         no_backend: NoBackend::Drop,
                     };
@@ -115,6 +126,15 @@ mod tests {
                 Change::Withdrawn(..) => "withdrawn",
             })
             .collect()
+    }
+
+    #[test]
+    fn of_three_hundred_pods_a_line_names_ten_and_counts_the_rest() {
+        let addresses = |count: u8| (1..=count).map(|n| IpAddr::from([11, 0, 0, n])).collect::<BTreeSet<_>>();
+        assert_eq!(list(&addresses(0)), "");
+        assert_eq!(list(&addresses(2)), "11.0.0.1,11.0.0.2");
+        assert!(list(&addresses(10)).ends_with(",11.0.0.10"));
+        assert!(list(&addresses(250)).ends_with(",11.0.0.10 and 240 more"));
     }
 
     #[test]

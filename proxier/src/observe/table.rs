@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use comfy_table::{Table, presets};
 use serde::Serialize;
 
-use crate::sink::bpf::inspect::{EndpointRow, FlowRow, ServiceRow};
+use crate::sink::bpf::inspect::{DropRow, EndpointRow, FlowRow, ServiceRow, SessionRow};
 
 /// How rows are printed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -31,6 +31,11 @@ pub trait TableRow: Serialize {
 
     /// One cell a column.
     fn cells(&self) -> Vec<String>;
+
+    /// Whether the row says nothing to a person at a terminal: [`Output::Table`] leaves it out.
+    fn says_nothing(&self) -> bool {
+        false
+    }
 }
 
 /// The rows as text, ending with a newline.
@@ -44,14 +49,17 @@ pub fn render<R: TableRow>(rows: &[R], output: Output) -> anyhow::Result<String>
             Ok(serde_json::to_string_pretty(rows).context("cannot write the rows as JSON")? + "\n")
         }
         Output::Yaml => serde_saphyr::to_string(&rows).context("cannot write the rows as YAML"),
-        Output::Table | Output::Wide if rows.is_empty() => Ok(format!("No {} found.\n", R::PLURAL)),
-        Output::Table => Ok(columns(rows, R::COLUMNS.1)),
+        Output::Table => Ok(columns(rows.iter().filter(|row| !row.says_nothing()), R::COLUMNS.1)),
         Output::Wide => Ok(columns(rows, R::COLUMNS.0.len())),
     }
 }
 
 /// Plain columns without borders, as kubectl prints them, so that awk and cut work.
-fn columns<R: TableRow>(rows: &[R], count: usize) -> String {
+fn columns<'a, R: TableRow + 'a>(rows: impl IntoIterator<Item = &'a R>, count: usize) -> String {
+    let mut rows = rows.into_iter().peekable();
+    if rows.peek().is_none() {
+        return format!("No {} found.\n", R::PLURAL);
+    }
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_header(&R::COLUMNS.0[..count]);
     for row in rows {
@@ -134,6 +142,34 @@ impl TableRow for FlowRow {
     }
 }
 
+impl TableRow for SessionRow {
+    const PLURAL: &'static str = "sessions";
+    const COLUMNS: (&'static [&'static str], usize) = (&["SERVICE", "CLIENT", "EXTERNAL", "POD", "IDLE"], 5);
+
+    fn cells(&self) -> Vec<String> {
+        vec![
+            service(&self.namespace, &self.name),
+            self.peer.to_string(),
+            self.external.to_string(),
+            self.pod.to_string(),
+            format!("{}s", self.idle_seconds),
+        ]
+    }
+}
+
+impl TableRow for DropRow {
+    const PLURAL: &'static str = "drops";
+    const COLUMNS: (&'static [&'static str], usize) = (&["REASON", "HOOK", "PACKETS"], 3);
+
+    fn cells(&self) -> Vec<String> {
+        vec![self.reason.to_owned(), self.hook.to_owned(), self.packets.to_string()]
+    }
+
+    fn says_nothing(&self) -> bool {
+        self.packets == 0
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -185,6 +221,43 @@ mod tests {
         let none: [EndpointRow; 0] = [];
         assert_eq!(render(&none, Output::Table).unwrap(), "No endpoints found.\n");
         assert_eq!(render(&none, Output::Json).unwrap(), "[]\n");
+    }
+
+    #[test]
+    fn drops_that_never_happened_are_for_wide_tables_and_programs() {
+        let rows = [("no-backend", 0), ("flow-collision", 17)].map(|(reason, packets)| DropRow {
+            reason,
+            hook: "uplink-ingress",
+            packets,
+        });
+        insta::assert_snapshot!(render(&rows, Output::Table).unwrap(), @r"
+        REASON           HOOK             PACKETS
+        flow-collision   uplink-ingress   17
+        ");
+        assert_eq!(render(&rows, Output::Wide).unwrap().lines().count(), 3);
+        for output in [Output::Json, Output::Yaml] {
+            assert!(render(&rows, output).unwrap().contains("no-backend"), "{output:?}");
+        }
+        assert_eq!(render(&rows[..1], Output::Table).unwrap(), "No drops found.\n");
+    }
+
+    #[test]
+    fn a_session_is_a_line_from_client_to_pod() {
+        let row = SessionRow {
+            namespace: "default".to_owned(),
+            name: "web".to_owned(),
+            external: "1000::55".parse().unwrap(),
+            peer: "2000::1".parse().unwrap(),
+            pod: "1100::202".parse().unwrap(),
+            idle_seconds: 12,
+        };
+        insta::assert_snapshot!(render(std::slice::from_ref(&row), Output::Table).unwrap(), @r"
+        SERVICE       CLIENT    EXTERNAL   POD         IDLE
+        default/web   2000::1   1000::55   1100::202   12s
+        ");
+        let json: serde_json::Value = serde_json::from_str(&render(&[row], Output::Json).unwrap()).unwrap();
+        assert_eq!(json[0]["idleSeconds"], 12);
+        assert_eq!(json[0]["peer"], "2000::1");
     }
 
     #[test]

@@ -123,6 +123,16 @@ impl Directory {
     fn read_file(&mut self, path: PathBuf) {
         let content = match read_regular(&path) {
             Ok(Some(content)) => content,
+            Ok(None) if leads_nowhere(&path) => {
+                let problem = Problem::new(
+                    Severity::Warning,
+                    Subject::File(path.clone()),
+                    "is a symbolic link that leads nowhere: no object comes from it",
+                    "bring back what it leads to, or remove it",
+                );
+                self.files.insert(path, FileState { broken: vec![problem], ..FileState::default() });
+                return;
+            }
             // Neither what went between listing and reading, nor a sub-directory, has anything to say.
             Ok(None) => {
                 self.files.remove(&path);
@@ -270,6 +280,11 @@ fn read_regular(path: &Path) -> io::Result<Option<Vec<u8>>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         result => result,
     }
+}
+
+/// Whether `path` is a symbolic link whose target does not exist.
+fn leads_nowhere(path: &Path) -> bool {
+    path.is_symlink() && matches!(path.try_exists(), Ok(false))
 }
 
 #[cfg(test)]

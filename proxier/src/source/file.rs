@@ -52,7 +52,7 @@ fn run(mut directory: Directory, batches: &mpsc::Sender<Batch>) {
         // Before reading: what changes while the files are read is noticed after it.
         let unwatched = watch.renew();
         let mut batch = directory.read();
-        let pause = if unwatched.is_some() { REREAD_UNWATCHED } else { REREAD };
+        let pause = if watch.is_active() { REREAD } else { REREAD_UNWATCHED };
         batch.problems.extend(unwatched);
         if !batch.events.is_empty() || known_problems.as_ref() != Some(&batch.problems) {
             known_problems = Some(batch.problems.clone());
@@ -135,6 +135,11 @@ impl Watch {
         }
     }
 
+    /// Whether changes will be noticed. They are not while the directory does not exist: nothing tells when it is back.
+    const fn is_active(&self) -> bool {
+        self.watcher.is_some()
+    }
+
     fn start(&self) -> notify::Result<RecommendedWatcher> {
         let changes = self.changes.clone();
         let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
@@ -199,6 +204,24 @@ mod tests {
         while changed.try_recv().is_ok() {}
         fs::write(path.join("a.yaml"), "a").unwrap();
         changed.recv().unwrap();
+    }
+
+    #[test]
+    fn a_directory_that_is_away_is_not_watched_until_it_is_back() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("manifests");
+        fs::create_dir(&path).unwrap();
+        let (changes, _changed) = std_mpsc::channel();
+        let mut watch = Watch::new(path.clone(), changes);
+        for (there, active) in [(true, true), (false, false), (true, true)] {
+            if there {
+                fs::create_dir_all(&path).unwrap();
+            } else {
+                fs::remove_dir(&path).unwrap();
+            }
+            assert_eq!(watch.renew(), None);
+            assert_eq!(watch.is_active(), active);
+        }
     }
 
     #[tokio::test]

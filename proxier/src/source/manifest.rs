@@ -216,6 +216,17 @@ impl Kind {
         Self::ALL.into_iter().find(|known| known.name() == kind && known.api_version() == api_version)
     }
 
+    /// What was probably meant by a kind that is none of these: `service`, or an EndpointSlice of `v1` or `v1beta1`. A
+    /// Service of another API group is another thing.
+    fn meant(api_version: &str, kind: &str) -> Option<Self> {
+        let group = |api_version: &str| api_version.rsplit_once('/').map(|(group, _)| group.to_owned());
+        Self::ALL.into_iter().find(|known| {
+            known.name().eq_ignore_ascii_case(kind)
+                && group(api_version)
+                    .is_none_or(|group_given| Some(group_given) == group(known.api_version()))
+        })
+    }
+
     /// Of a list of one kind alone: `ServiceList`.
     fn of_list(api_version: &str, kind: &str) -> Option<Self> {
         kind.strip_suffix("List").and_then(|item| Self::of(api_version, item))
@@ -292,7 +303,12 @@ impl Document<'_> {
         let read = |deserializer: serde_saphyr::Deserializer<'_, '_>| seed.deserialize(deserializer);
         serde_saphyr::with_deserializer_from_str_with_options(self.text, options, read).map_err(|error| {
             let error = error.without_snippet();
-            let reason = UserMessageFormatter.format_message(error);
+            let reason = match error {
+                serde_saphyr::Error::QuotingRequired { value, .. } => {
+                    format!("{value} is no string: put it in quotes").into()
+                }
+                _ => UserMessageFormatter.format_message(error),
+            };
             let (line, column) = self.position(error.location().unwrap_or(serde_saphyr::Location::UNKNOWN));
             Flaw::new(line, column, &reason)
         })
@@ -332,15 +348,24 @@ impl Manifest {
     }
 
     fn ignore(&mut self, api_version: &str, kind: &str, place: Place) {
-        let readable: Vec<_> =
-            Kind::ALL.iter().map(|kind| format!("{} {}", kind.api_version(), kind.name())).collect();
-        let problem = Problem::new(
-            Severity::Info,
-            Subject::File(place.file.clone()),
-            "is not a kind that proxier reads: ignored",
-            format!("it reads {} and lists of them", readable.join(", ")),
-        )
-        .in_field("kind", format!("{api_version} {kind}"));
+        let problem = if let Some(meant) = Kind::meant(api_version, kind) {
+            Problem::new(
+                Severity::Warning,
+                Subject::File(place.file.clone()),
+                "is not a kind that proxier reads: ignored",
+                format!("write apiVersion: {} and kind: {}", meant.api_version(), meant.name()),
+            )
+        } else {
+            let readable: Vec<_> =
+                Kind::ALL.iter().map(|kind| format!("{} {}", kind.api_version(), kind.name())).collect();
+            Problem::new(
+                Severity::Info,
+                Subject::File(place.file.clone()),
+                "is not a kind that proxier reads: ignored",
+                format!("it reads {} and lists of them", readable.join(", ")),
+            )
+        };
+        let problem = problem.in_field("kind", format!("{api_version} {kind}"));
         // Once a kind and file: a directory of Deployments is not ten messages worth.
         let known =
             self.problems.iter().any(|known| known.field == problem.field && known.value == problem.value);

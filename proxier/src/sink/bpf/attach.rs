@@ -23,9 +23,18 @@ use super::{
     uplinks::{Interface, LinkHeader},
 };
 
+/// What an interface leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Role {
+    /// Clients outside.
+    Uplink,
+    /// A pod on this node.
+    PodLink,
+}
+
 /// One of the two places at an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Place {
+enum Place {
     /// Where replies leave.
     Egress,
     /// Where requests arrive.
@@ -44,13 +53,25 @@ impl Place {
     }
 
     /// The program's name in the object.
-    const fn program(self, header: LinkHeader) -> &'static str {
-        match (self, header) {
-            (Self::Egress, LinkHeader::Ethernet) => "proxier_reply",
-            (Self::Ingress, LinkHeader::Ethernet) => "proxier_request",
-            (Self::Egress, LinkHeader::None) => "proxier_rep_l3",
-            (Self::Ingress, LinkHeader::None) => "proxier_req_l3",
+    const fn program(self, role: Role, header: LinkHeader) -> &'static str {
+        match (self, role, header) {
+            (Self::Egress, Role::Uplink, LinkHeader::Ethernet) => "proxier_reply",
+            (Self::Ingress, Role::Uplink, LinkHeader::Ethernet) => "proxier_request",
+            (Self::Egress, Role::Uplink, LinkHeader::None) => "proxier_rep_l3",
+            (Self::Ingress, Role::Uplink, LinkHeader::None) => "proxier_req_l3",
+            // Pods have Ethernet links.
+            (Self::Egress, Role::PodLink, _) => "proxier_pod_out",
+            (Self::Ingress, Role::PodLink, _) => "proxier_pod_in",
         }
+    }
+
+    /// Every program that may be in this place.
+    const fn programs(self) -> [&'static str; 3] {
+        [
+            self.program(Role::Uplink, LinkHeader::Ethernet),
+            self.program(Role::Uplink, LinkHeader::None),
+            self.program(Role::PodLink, LinkHeader::Ethernet),
+        ]
     }
 
     const fn pin_prefix(self) -> &'static str {
@@ -86,7 +107,9 @@ impl Method {
             AttachMode::Auto if !preflight::has_tcx() => Ok(Self::Clsact),
             AttachMode::Tcx if !preflight::has_tcx() => {
                 let (major, minor) = preflight::FIRST_TCX_KERNEL;
-                bail!("this kernel has no tcx links, which came with Linux {major}.{minor}: use --attach clsact")
+                bail!(
+                    "this kernel has no tcx links, which came with Linux {major}.{minor}: use --attach clsact"
+                )
             }
             AttachMode::Auto | AttachMode::Tcx => Ok(Self::Tcx),
         }
@@ -102,7 +125,7 @@ pub(super) fn directory(pin_path: &Path) -> PathBuf {
     tables::directory(pin_path).join("links")
 }
 
-/// Puts the programs of `ebpf` in both places of `interface`.
+/// Puts the programs of `ebpf` in both places of `interface`. Where they are already, they are put there again.
 ///
 /// # Errors
 ///
@@ -111,6 +134,7 @@ pub(super) fn attach(
     ebpf: &mut Ebpf,
     pin_path: &Path,
     interface: &Interface,
+    role: Role,
     method: Method,
 ) -> anyhow::Result<()> {
     let Some(header) = interface.header else {
@@ -121,7 +145,7 @@ pub(super) fn attach(
         );
     };
     for place in Place::IN_ORDER {
-        let name = place.program(header);
+        let name = place.program(role, header);
         let program: &mut SchedClassifier = ebpf
             .program_mut(name)
             .with_context(|| format!("the kernel object has no program {name}"))?
@@ -200,9 +224,9 @@ fn attach_clsact(program: &mut SchedClassifier, place: Place, interface: &Interf
 fn kind_of(error: &TcError) -> io::ErrorKind {
     match error {
         TcError::IoError(error) => error.kind(),
-        TcError::NetlinkError(error) => {
-            error.raw_os_error().map_or(io::ErrorKind::Other, |code| io::Error::from_raw_os_error(code).kind())
-        }
+        TcError::NetlinkError(error) => error
+            .raw_os_error()
+            .map_or(io::ErrorKind::Other, |code| io::Error::from_raw_os_error(code).kind()),
         _ => io::ErrorKind::Other,
     }
 }
@@ -236,8 +260,7 @@ pub(super) fn unpin(pin_path: &Path, index: u32) -> anyhow::Result<Vec<String>> 
 pub(super) fn detach_clsact(interface: &str) -> anyhow::Result<Vec<String>> {
     let mut removed = Vec::new();
     for place in Place::IN_ORDER.into_iter().rev() {
-        for header in [LinkHeader::Ethernet, LinkHeader::None] {
-            let name = place.program(header);
+        for name in place.programs() {
             match qdisc_detach_program(interface, place.attach_type(), name) {
                 Ok(()) => removed.push(format!("filter {name} at {interface}")),
                 // No such filter; or no clsact qdisc at all, which is EINVAL.

@@ -139,6 +139,7 @@ mod tests {
         let timeouts = HashMap::from([(address("10.0.0.1"), 60)]);
         let session = |last_seen| SessionValue {
             pod: address("11.0.0.1"),
+            former: Address::UNSPECIFIED,
             last_seen,
             service_id: 1,
             generation: 1,

@@ -7,7 +7,8 @@ use std::{
 };
 
 use proxier_common::{
-    DropReason, Hook, SERVICE_PASS_WITHOUT_BACKEND, TCP_ESTABLISHED, TCP_REPLY_FIN, TCP_REQUEST_FIN,
+    DropReason, Hook, SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND, TCP_ESTABLISHED, TCP_REPLY_FIN,
+    TCP_REQUEST_FIN,
     timeout::{self, SECOND, protocol},
 };
 use serde::Serialize;
@@ -95,8 +96,8 @@ pub struct SessionRow {
     pub peer: IpAddr,
     /// The pod's address.
     pub pod: IpAddr,
-    /// Seconds since the client last sent something. Past the Service's affinity timeout the session counts no more,
-    /// but stays in the table until the client comes again or another one needs its place.
+    /// Seconds since the client last sent something. Past the Service's affinity timeout the session counts no more; it
+    /// stays in the table until the agent next looks for such.
     pub idle_seconds: u64,
 }
 
@@ -118,11 +119,14 @@ pub struct DropRow {
 ///
 /// No pinned maps below `pin_path`, no privilege, maps of another version.
 pub fn services(pin_path: &Path) -> anyhow::Result<Vec<ServiceRow>> {
-    let tables = Tables::open(pin_path)?;
+    let tables = open(pin_path)?;
     let names = Names::read(&tables)?;
     let mut rows = Vec::new();
     for entry in tables.services.entries() {
         let (key, value) = entry?;
+        if value.flags & SERVICE_IS_POD != 0 {
+            continue;
+        }
         let (namespace, name) = names.of(value.service_id);
         rows.push(ServiceRow {
             namespace,
@@ -145,7 +149,7 @@ pub fn services(pin_path: &Path) -> anyhow::Result<Vec<ServiceRow>> {
 ///
 /// As [`services`].
 pub fn endpoints(pin_path: &Path) -> anyhow::Result<Vec<EndpointRow>> {
-    let tables = Tables::open(pin_path)?;
+    let tables = open(pin_path)?;
     let names = Names::read(&tables)?;
     let mut in_force = BTreeSet::new();
     for entry in tables.services.entries() {
@@ -180,7 +184,7 @@ pub fn endpoints(pin_path: &Path) -> anyhow::Result<Vec<EndpointRow>> {
 ///
 /// As [`services`].
 pub fn flows(pin_path: &Path) -> anyhow::Result<Vec<FlowRow>> {
-    let tables = Tables::open(pin_path)?;
+    let tables = open(pin_path)?;
     let names = Names::read(&tables)?;
     let now = clock::monotonic()?;
     let mut rows = Vec::new();
@@ -220,7 +224,7 @@ pub fn flows(pin_path: &Path) -> anyhow::Result<Vec<FlowRow>> {
 ///
 /// As [`services`].
 pub fn sessions(pin_path: &Path) -> anyhow::Result<Vec<SessionRow>> {
-    let tables = Tables::open(pin_path)?;
+    let tables = open(pin_path)?;
     let names = Names::read(&tables)?;
     let now = clock::monotonic()?;
     let mut rows = Vec::new();
@@ -248,7 +252,7 @@ pub fn sessions(pin_path: &Path) -> anyhow::Result<Vec<SessionRow>> {
 ///
 /// As [`services`].
 pub fn drops(pin_path: &Path) -> anyhow::Result<Vec<DropRow>> {
-    let counters = super::tables::drops(pin_path)?;
+    let counters = super::tables::drops(pin_path).map_err(|error| unprivileged(error.into()))?;
     let mut rows = Vec::new();
     for reason in DropReason::ALL {
         for hook in Hook::ALL {
@@ -258,6 +262,18 @@ pub fn drops(pin_path: &Path) -> anyhow::Result<Vec<DropRow>> {
         }
     }
     Ok(rows)
+}
+
+/// Opens the maps, and says what a user without privilege can do about it if that fails.
+fn open(pin_path: &Path) -> anyhow::Result<Tables> {
+    Tables::open(pin_path).map_err(|error| unprivileged(error.into()))
+}
+
+fn unprivileged(error: anyhow::Error) -> anyhow::Error {
+    if nix::unistd::geteuid().is_root() {
+        return error;
+    }
+    error.context("the kernel's tables are for root, or for who has the capability BPF: try it as root")
 }
 
 /// The map `names`, decoded.

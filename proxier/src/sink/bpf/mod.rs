@@ -7,6 +7,7 @@ use std::{
     collections::BTreeSet,
     fs, io,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, bail};
@@ -14,7 +15,7 @@ use aya::{Ebpf, EbpfLoader, VerifierLogLevel, programs::Program};
 use tokio::{runtime::Handle, sync::watch, task};
 
 use self::{
-    attach::Method,
+    attach::{Method, Role},
     expiry::Expiry,
     tables::Tables,
     uplinks::{Interface, View},
@@ -35,6 +36,9 @@ pub const DEFAULT_PIN_PATH: &str = "/sys/fs/bpf/proxier";
 
 /// The kernel programs, as `cargo xtask build-ebpf` made them: the agent is one file to ship.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/proxier.bpf.o"));
+
+/// How often the programs are put in their places again.
+const ATTACH_AGAIN: Duration = Duration::from_secs(30);
 
 /// How the programs are attached to an interface.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -57,6 +61,8 @@ pub struct Options {
     pub pin_path: PathBuf,
     /// How to attach.
     pub attach: AttachMode,
+    /// Whether pods on this node are clients too: their links are then watched and attached to.
+    pub local_clients: bool,
 }
 
 /// The sink. Nothing is detached or removed when it is dropped.
@@ -71,7 +77,10 @@ pub struct BpfSink {
     actual: Actual,
     sweep_due: bool,
     view: watch::Receiver<View>,
-    attached: BTreeSet<Interface>,
+    attached: BTreeSet<(Interface, Role)>,
+    /// When the programs were last put in their places.
+    attached_at: Instant,
+    local_clients: bool,
     /// Interfaces that could not be attached to, as reported: said once, tried again at every change.
     refused: BTreeSet<Interface>,
     reported_missing: BTreeSet<String>,
@@ -85,7 +94,7 @@ impl BpfSink {
     ///
     /// What is missing and what to do about it.
     pub fn open(options: Options) -> anyhow::Result<Self> {
-        let Options { uplinks, pin_path, attach } = options;
+        let Options { uplinks, pin_path, attach, local_clients } = options;
         preflight::check(&pin_path)?;
         let method = Method::resolve(attach)?;
         let links = attach::directory(&pin_path);
@@ -115,12 +124,14 @@ impl BpfSink {
             sweep_due: false,
             view,
             attached: BTreeSet::new(),
+            attached_at: Instant::now(),
+            local_clients,
             refused: BTreeSet::new(),
             reported_missing: BTreeSet::new(),
         };
         let view = sink.view.borrow_and_update().clone();
         sink.follow(&view);
-        if sink.attached.is_empty() {
+        if !sink.attached.iter().any(|(_, role)| *role == Role::Uplink) {
             tracing::warn!(
                 "no uplink yet, so no packet is rewritten: waiting for {}",
                 if view.missing.is_empty() {
@@ -133,7 +144,7 @@ impl BpfSink {
         Ok(sink)
     }
 
-    /// Attaches to the uplinks of `view` and lets go of interfaces that are none any more.
+    /// Attaches to the interfaces of `view` that lead to clients and lets go of those that do not any more.
     fn follow(&mut self, view: &View) {
         for name in view.missing.difference(&self.reported_missing) {
             let present: BTreeSet<String> = view.interfaces.iter().map(|i| i.name.clone()).collect();
@@ -144,21 +155,23 @@ impl BpfSink {
             );
         }
         self.reported_missing.clone_from(&view.missing);
-        self.attached.retain(|interface| view.interfaces.contains(interface));
-        self.refused.retain(|interface| view.uplinks.contains(interface));
-        for interface in &view.uplinks {
-            if self.attached.contains(interface) {
+        let wanted = self.wanted(view);
+        self.attached.retain(|(interface, _)| view.interfaces.contains(interface));
+        self.refused.retain(|interface| view.interfaces.contains(interface));
+        for (interface, role) in wanted {
+            if self.attached.contains(&(interface.clone(), role)) {
                 continue;
             }
-            match attach::attach(&mut self.ebpf, &self.pin_path, interface, self.method) {
+            match attach::attach(&mut self.ebpf, &self.pin_path, &interface, role, self.method) {
                 Ok(()) => {
-                    tracing::info!(uplink = interface.name, method = ?self.method, "programs are attached");
-                    self.refused.remove(interface);
-                    self.attached.insert(interface.clone());
+                    tracing::info!(interface = interface.name, ?role, method = ?self.method, "programs are attached");
+                    self.refused.remove(&interface);
+                    self.attached.retain(|(attached, _)| attached.index != interface.index);
+                    self.attached.insert((interface, role));
                 }
                 Err(error) => {
                     if self.refused.insert(interface.clone()) {
-                        tracing::error!(uplink = interface.name, "{error:#}");
+                        tracing::error!(interface = interface.name, ?role, "{error:#}");
                     }
                 }
             }
@@ -169,12 +182,33 @@ impl BpfSink {
         }
     }
 
+    /// Every interface that programs belong on, and as what.
+    fn wanted(&self, view: &View) -> Vec<(Interface, Role)> {
+        let pod_links = view.pod_links.iter().filter(|_| self.local_clients);
+        let uplinks = view.uplinks.iter().map(|interface| (interface.clone(), Role::Uplink));
+        // Pods first: their replies leave by uplinks as well.
+        pod_links.map(|interface| (interface.clone(), Role::PodLink)).chain(uplinks).collect()
+    }
+
+    /// Puts the programs in their places again, in case somebody has taken them off: a filter goes with its qdisc, and
+    /// other programs of the node replace that.
+    fn attach_again(&mut self) {
+        for (interface, role) in &self.attached {
+            if let Err(error) = attach::attach(&mut self.ebpf, &self.pin_path, interface, *role, self.method)
+            {
+                tracing::warn!(interface = interface.name, ?role, "programs may be off by now: {error:#}");
+            }
+        }
+        self.attached_at = Instant::now();
+    }
+
     fn let_go(&mut self, view: &View) {
-        let uplinks: BTreeSet<u32> = view.uplinks.iter().map(|interface| interface.index).collect();
+        let wanted: BTreeSet<u32> =
+            self.wanted(view).into_iter().map(|(interface, _)| interface.index).collect();
         let pinned = attach::pinned(&self.pin_path);
-        let attached = self.attached.iter().map(|interface| interface.index);
+        let attached = self.attached.iter().map(|(interface, _)| interface.index);
         let gone: BTreeSet<u32> =
-            pinned.into_iter().chain(attached).filter(|index| !uplinks.contains(index)).collect();
+            pinned.into_iter().chain(attached).filter(|index| !wanted.contains(index)).collect();
         for index in gone {
             let interface = view.interfaces.iter().find(|interface| interface.index == index);
             let detached = match interface {
@@ -184,11 +218,15 @@ impl BpfSink {
             };
             let name = interface.map_or("", |interface| interface.name.as_str());
             match detached {
-                Ok(_) if name.is_empty() => tracing::debug!(index, "pins of an interface that went are removed"),
-                Ok(_) => tracing::info!(uplink = name, "no uplink any more: programs are detached"),
-                Err(error) => tracing::warn!(uplink = name, "programs stay attached: {error:#}"),
+                Ok(_) if name.is_empty() => {
+                    tracing::debug!(index, "pins of an interface that went are removed")
+                }
+                Ok(_) => {
+                    tracing::info!(interface = name, "leads to no client any more: programs are detached")
+                }
+                Err(error) => tracing::warn!(interface = name, "programs stay attached: {error:#}"),
             }
-            self.attached.retain(|interface| interface.index != index);
+            self.attached.retain(|(interface, _)| interface.index != index);
         }
     }
 }
@@ -224,6 +262,9 @@ impl Sink for BpfSink {
         } else if !self.refused.is_empty() {
             let view = self.view.borrow().clone();
             self.follow(&view);
+        }
+        if self.attached_at.elapsed() >= ATTACH_AGAIN {
+            self.attach_again();
         }
         Ok(())
     }

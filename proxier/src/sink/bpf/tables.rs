@@ -101,7 +101,8 @@ const MEMBERS: Shape = Shape::of::<MemberKey, MemberValue>("members", MapType::H
 const NAMES: Shape = Shape::of::<NameKey, NameValue>("names", MapType::Hash, MAX_SERVICES);
 const SESSIONS: Shape = Shape::of::<SessionKey, SessionValue>("sessions", MapType::LruHash, MAX_SESSIONS);
 const FLOWS: Shape = Shape::of::<FlowKey, FlowValue>("flows", MapType::LruHash, MAX_FLOWS);
-const FRAGMENTS: Shape = Shape::of::<FragmentKey, FragmentValue>("fragments", MapType::LruHash, MAX_FRAGMENTS);
+const FRAGMENTS: Shape =
+    Shape::of::<FragmentKey, FragmentValue>("fragments", MapType::LruHash, MAX_FRAGMENTS);
 const DROPS: Shape = Shape::of::<u32, u64>("drops", MapType::PerCpuArray, DROP_COUNTERS);
 
 const ALL: [Shape; 8] = [SERVICES, BACKENDS, MEMBERS, NAMES, SESSIONS, FLOWS, FRAGMENTS, DROPS];
@@ -169,8 +170,11 @@ impl<K: Pod, V: Pod> Table<K, V> {
             MapType::LruHash => Map::LruHashMap(data),
             _ => Map::HashMap(data),
         };
-        let map = HashMap::try_from(map)
-            .map_err(|source| TableError::Access { map: shape.name, action: "opened", source })?;
+        let map = HashMap::try_from(map).map_err(|source| TableError::Access {
+            map: shape.name,
+            action: "opened",
+            source,
+        })?;
         Ok(Self { shape, map })
     }
 
@@ -216,10 +220,19 @@ impl<K: Pod, V: Pod> Table<K, V> {
                 gone.push(key);
             }
         }
+        let mut removed = 0;
         for key in &gone {
-            self.remove(key)?;
+            // It may be another entry by now, under the same key.
+            match self.map.get(key, 0) {
+                Ok(value) if !keep(key, &value) => {
+                    self.remove(key)?;
+                    removed += 1;
+                }
+                Ok(_) | Err(MapError::KeyNotFound) => {}
+                Err(source) => return Err(self.error("read", source)),
+            }
         }
-        Ok(gone.len())
+        Ok(removed)
     }
 }
 
@@ -283,6 +296,10 @@ impl Tables {
             Step::PutService(key, value) => self.services.put(key, value),
             Step::RemoveService(key) => self.services.remove(key),
             Step::RemoveBackend(key) => self.backends.remove(key),
+            Step::Grace => {
+                grace_period();
+                Ok(())
+            }
             Step::Sweep => self.sweep(actual),
             Step::RemoveName(id) => self.names.remove(&NameKey { service_id: *id }),
         }
@@ -294,12 +311,24 @@ impl Tables {
     ///
     /// The kernel refused.
     pub(super) fn sweep(&mut self, actual: &Actual) -> Result<(), TableError> {
-        let flows = self.flows.retain(|key, flow| actual.keeps(flow.service_id, key.pod, flow.external))?;
-        let sessions = self
-            .sessions
-            .retain(|key, session| actual.keeps(session.service_id, session.pod, key.external))?;
+        let flows = self.flows.retain(|key, flow| actual.keeps(key.pod, flow.external))?;
+        let sessions = self.sessions.retain(|key, session| {
+            actual.keeps(session.pod, key.external) || actual.keeps(session.former, key.external)
+        })?;
         tracing::debug!(flows, sessions, "flows and sessions of pods and addresses that went are removed");
         Ok(())
+    }
+}
+
+/// Returns once every run of a kernel program is over that had begun before: they run under RCU, and this waits for a
+/// grace period of it.
+fn grace_period() {
+    const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
+    // SAFETY: takes numbers only and changes nothing in this process.
+    let result = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
+    if result != 0 {
+        // A kernel without it, or with CPUs that take no interruptions (nohz_full): a run takes microseconds.
+        std::thread::sleep(std::time::Duration::from_millis(20));
     }
 }
 
@@ -310,6 +339,7 @@ impl Tables {
 /// As [`Tables::open`].
 pub(super) fn drops(pin_path: &Path) -> Result<Vec<u64>, TableError> {
     let error = |source| TableError::Access { map: DROPS.name, action: "read", source };
-    let map = PerCpuArray::<_, u64>::try_from(Map::PerCpuArray(open_pinned(pin_path, DROPS)?)).map_err(error)?;
+    let map =
+        PerCpuArray::<_, u64>::try_from(Map::PerCpuArray(open_pinned(pin_path, DROPS)?)).map_err(error)?;
     map.iter().map(|values| Ok(values.map_err(error)?.iter().sum())).collect()
 }

@@ -1,5 +1,5 @@
-//! Which interfaces lead to clients: those named, or every one that carries a default route, followed as interfaces and
-//! routes come and go. Knows netlink; knows nothing of programs.
+//! Which interfaces lead to clients: uplinks, which are those named or every one that carries a default route, and the
+//! node's ends of pods' links. Followed as interfaces and routes come and go. Knows netlink; knows nothing of programs.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,7 +11,7 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use rtnetlink::{
     Handle, MulticastGroup, RouteMessageBuilder, new_connection, new_multicast_connection,
     packet_route::{
-        link::{LinkAttribute, LinkLayerType},
+        link::{InfoKind, LinkAttribute, LinkInfo, LinkLayerType},
         route::{RouteAttribute, RouteMessage, RouteType},
     },
 };
@@ -33,6 +33,8 @@ pub(super) struct Interface {
     pub(super) name: String,
     /// `None` for link types that proxier cannot read.
     pub(super) header: Option<LinkHeader>,
+    /// The node's end of a pair whose other end is in another network namespace.
+    pub(super) leads_to_pod: bool,
 }
 
 /// The interfaces, at one moment.
@@ -40,8 +42,10 @@ pub(super) struct Interface {
 pub(super) struct View {
     /// All there are.
     pub(super) interfaces: Vec<Interface>,
-    /// Those that lead to clients.
+    /// Those that lead to clients outside.
     pub(super) uplinks: BTreeSet<Interface>,
+    /// Those that lead to pods on this node, which may be clients too. None of them is an uplink.
+    pub(super) pod_links: BTreeSet<Interface>,
     /// Names asked for that no interface has.
     pub(super) missing: BTreeSet<String>,
 }
@@ -57,9 +61,12 @@ const RELIST: Duration = Duration::from_secs(30);
 ///
 /// Netlink would not answer.
 pub(super) async fn watch(named: BTreeSet<String>) -> anyhow::Result<watch::Receiver<View>> {
-    let (events, _, mut changes) =
-        new_multicast_connection(&[MulticastGroup::Link, MulticastGroup::Ipv4Route, MulticastGroup::Ipv6Route])
-            .context("changes of interfaces and routes cannot be followed (netlink)")?;
+    let (events, _, mut changes) = new_multicast_connection(&[
+        MulticastGroup::Link,
+        MulticastGroup::Ipv4Route,
+        MulticastGroup::Ipv6Route,
+    ])
+    .context("changes of interfaces and routes cannot be followed (netlink)")?;
     tokio::spawn(events);
     let (connection, handle, _) = new_connection().context("interfaces cannot be listed (netlink)")?;
     tokio::spawn(connection);
@@ -85,7 +92,9 @@ pub(super) async fn watch(named: BTreeSet<String>) -> anyhow::Result<watch::Rece
                         changed
                     });
                 }
-                Err(error) => tracing::warn!("uplinks stay as they are, interfaces cannot be listed: {error:#}"),
+                Err(error) => {
+                    tracing::warn!("uplinks stay as they are, interfaces cannot be listed: {error:#}")
+                }
             }
         }
     });
@@ -101,8 +110,12 @@ async fn list(handle: &Handle, named: &BTreeSet<String>) -> anyhow::Result<View>
             _ => None,
         });
         if let Some(name) = name {
-            let header = link_header(link.header.link_layer_type);
-            interfaces.push(Interface { index: link.header.index, name, header });
+            interfaces.push(Interface {
+                index: link.header.index,
+                name,
+                header: link_header(link.header.link_layer_type),
+                leads_to_pod: leads_to_pod(&link.attributes),
+            });
         }
     }
     let wanted: BTreeSet<u32> = if named.is_empty() {
@@ -116,8 +129,22 @@ async fn list(handle: &Handle, named: &BTreeSet<String>) -> anyhow::Result<View>
 fn view(interfaces: Vec<Interface>, wanted: &BTreeSet<u32>, named: &BTreeSet<String>) -> View {
     let by_name: BTreeMap<&str, u32> = interfaces.iter().map(|i| (i.name.as_str(), i.index)).collect();
     let missing = named.iter().filter(|name| !by_name.contains_key(name.as_str())).cloned().collect();
-    let uplinks = interfaces.iter().filter(|i| wanted.contains(&i.index)).cloned().collect();
-    View { interfaces, uplinks, missing }
+    let (uplinks, others): (BTreeSet<_>, BTreeSet<_>) =
+        interfaces.iter().cloned().partition(|interface| wanted.contains(&interface.index));
+    let pod_links = others.into_iter().filter(|interface| interface.leads_to_pod).collect();
+    View { interfaces, uplinks, pod_links, missing }
+}
+
+/// Every container network plugin that gives a pod an interface of its own on the node makes such a pair.
+fn leads_to_pod(attributes: &[LinkAttribute]) -> bool {
+    let elsewhere = attributes.iter().any(|attribute| matches!(attribute, LinkAttribute::LinkNetNsId(_)));
+    let pair = attributes.iter().any(|attribute| match attribute {
+        LinkAttribute::LinkInfo(infos) => {
+            infos.iter().any(|info| matches!(info, LinkInfo::Kind(InfoKind::Veth | InfoKind::Netkit)))
+        }
+        _ => false,
+    });
+    elsewhere && pair
 }
 
 async fn default_route_interfaces(handle: &Handle) -> anyhow::Result<BTreeSet<u32>> {
@@ -171,7 +198,16 @@ mod tests {
     use super::*;
 
     fn interface(index: u32, name: &str) -> Interface {
-        Interface { index, name: name.to_owned(), header: Some(LinkHeader::Ethernet) }
+        Interface { index, name: name.to_owned(), header: Some(LinkHeader::Ethernet), leads_to_pod: false }
+    }
+
+    #[test]
+    fn a_pair_with_one_end_elsewhere_leads_to_a_pod_unless_it_is_an_uplink() {
+        let to_pod = |index, name| Interface { leads_to_pod: true, ..interface(index, name) };
+        let interfaces = vec![interface(1, "lo"), to_pod(2, "eth0"), to_pod(3, "cali1")];
+        let view = view(interfaces, &BTreeSet::from([2]), &BTreeSet::new());
+        assert_eq!(view.uplinks, BTreeSet::from([to_pod(2, "eth0")]));
+        assert_eq!(view.pod_links, BTreeSet::from([to_pod(3, "cali1")]));
     }
 
     #[test]

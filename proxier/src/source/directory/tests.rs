@@ -72,7 +72,6 @@ fn all_manifests_are_read_and_nothing_else() {
     }
     fs::create_dir(lab.path("sub.yaml")).unwrap();
     lab.write("sub.yaml/d.yaml", &node("d"));
-    symlink("nowhere.yaml", lab.path("dangling.yaml")).unwrap();
     assert_eq!(lab.events(), ["+Service default/a", "+Service default/b", "+Node c"]);
     assert_eq!(lab.events(), NONE);
 }
@@ -201,6 +200,21 @@ fn a_config_map_mount_is_read_through_its_symbolic_links() {
     symlink("..data/a.yaml", dir.join("a.yaml")).unwrap();
     assert_eq!(lab.events(), ["+Service default/web"]);
     publish("..2026_02", &service("web", "10.0.0.56"));
+    assert_eq!(lab.events(), ["+Service default/web"]);
+}
+
+#[test]
+fn a_link_that_leads_nowhere_is_named_and_has_no_objects() {
+    let mut lab = Lab::new();
+    lab.write("target", &service("web", "10.0.0.55"));
+    symlink("target", lab.path("a.yaml")).unwrap();
+    assert_eq!(lab.events(), ["+Service default/web"]);
+    fs::remove_file(lab.path("target")).unwrap();
+    let (events, problems) = lab.read();
+    assert_eq!(events, ["-Service default/web"]);
+    assert_eq!(problems.len(), 1);
+    assert!(problems[0].contains("a.yaml: is a symbolic link that leads nowhere"), "{problems:?}");
+    lab.write("target", &service("web", "10.0.0.55"));
     assert_eq!(lab.events(), ["+Service default/web"]);
 }
 

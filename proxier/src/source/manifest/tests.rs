@@ -212,6 +212,37 @@ fn a_message_is_one_line_whatever_the_file_holds() {
 }
 
 #[test]
+fn a_kind_that_is_nearly_one_of_ours_is_a_warning_that_says_what_to_write() {
+    for (api_version, kind, meant) in [
+        ("v1", "service", Some("write apiVersion: v1 and kind: Service")),
+        ("v1beta1", "Node", Some("write apiVersion: v1 and kind: Node")),
+        (
+            "discovery.k8s.io/v1beta1",
+            "Endpointslice",
+            Some("write apiVersion: discovery.k8s.io/v1 and kind: EndpointSlice"),
+        ),
+        ("serving.knative.dev/v1", "Service", None),
+        ("v1", "EndpointSlice", Some("write apiVersion: discovery.k8s.io/v1 and kind: EndpointSlice")),
+        ("v1", "Pod", None),
+    ] {
+        let text = format!("apiVersion: {api_version}\nkind: {kind}\nmetadata: {{name: web}}\n");
+        let manifest = parse_named("a.yaml", &text).unwrap();
+        assert_eq!(manifest.objects, []);
+        let [problem] = &manifest.problems[..] else { panic!("{:?}", manifest.problems) };
+        let severity = if meant.is_some() { Severity::Warning } else { Severity::Info };
+        assert_eq!(problem.severity, severity, "{problem}");
+        assert!(problem.to_string().ends_with(meant.unwrap_or("and lists of them")), "{problem}");
+    }
+}
+
+#[test]
+fn a_name_that_yaml_takes_for_a_number_is_to_be_quoted() {
+    let text = "apiVersion: v1\nkind: Service\nmetadata: {name: 5}\n";
+    let errors = errors("a.yaml", text);
+    assert!(errors[0].starts_with("a.yaml:3:18: 5 is no string: put it in quotes;"), "{errors:?}");
+}
+
+#[test]
 fn a_list_of_ten_thousand_services_is_read() {
     let mut text = "apiVersion: v1\nkind: List\nitems:\n".to_owned();
     for n in 0..10_000 {
