@@ -18,14 +18,29 @@ use crate::{
     tables::{FlowEntry, InsertError, SessionEntry, Tables},
 };
 
-/// An Ethernet frame.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// An Ethernet frame. Two are equal if their bytes are.
+#[derive(Clone, Debug)]
 pub struct HostPacket {
     /// Its bytes, from the destination MAC address on.
     pub bytes: Vec<u8>,
+    rewritten: bool,
 }
 
+impl PartialEq for HostPacket {
+    fn eq(&self, other: &Self) -> bool {
+        self.bytes == other.bytes
+    }
+}
+
+impl Eq for HostPacket {}
+
 impl HostPacket {
+    /// A frame that no program has seen yet.
+    #[must_use]
+    pub const fn new(bytes: Vec<u8>) -> Self {
+        Self { bytes, rewritten: false }
+    }
+
     fn write(&mut self, offset: u32, bytes: &[u8]) -> Result<(), WriteError> {
         let offset = offset as usize;
         self.bytes.get_mut(offset..offset + bytes.len()).ok_or(WriteError)?.copy_from_slice(bytes);
@@ -58,6 +73,14 @@ impl Packet for HostPacket {
         let bytes = self.bytes.get(offset..offset.checked_add(size_of::<T>())?)?;
         // SAFETY: `bytes` has the size of `T`, and `Plain` says that any bytes make a `T`.
         Some(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
+    }
+
+    fn set_rewritten(&mut self) {
+        self.rewritten = true;
+    }
+
+    fn is_rewritten(&self) -> bool {
+        self.rewritten
     }
 
     fn adjust_transport_checksum(

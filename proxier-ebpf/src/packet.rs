@@ -45,6 +45,13 @@ pub trait Packet {
     /// Copies a value out of the packet. The offset need not be aligned.
     fn load<T: Plain>(&self, offset: u32) -> Option<T>;
 
+    /// Remembers for whoever sees the packet next at this hook that it was for an external address.
+    fn set_rewritten(&mut self);
+
+    /// Whether [`Packet::set_rewritten`] was called for the packet at this hook: by another agent's program of the same
+    /// kind, while one takes the other's place.
+    fn is_rewritten(&self) -> bool;
+
     /// Adds `difference` to the transport checksum at `offset`, which covers a pseudo-header whose addresses
     /// changed by that much. With `zero_means_none`, a checksum of zero stays zero, and none becomes zero
     /// (RFC 768).

@@ -67,7 +67,9 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
         Read::External => {}
         Read::NotOurs => return Some(Verdict::Next),
         Read::Pod => {
-            forget_flow(tables, &request);
+            if !packet.is_rewritten() {
+                forget_flow(tables, &request);
+            }
             return Some(Verdict::Next);
         }
         Read::Malformed => return Some(Verdict::Drop(DropReason::Malformed)),
@@ -110,7 +112,10 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
     let replacement = Replacement { old: external, new: placement.pod, other: request.peer };
     let Request { payload, transport, .. } = &request;
     Some(match rewrite::destination::<F, P>(packet, offset, payload, transport, &replacement) {
-        Ok(()) => Verdict::Rewritten,
+        Ok(()) => {
+            packet.set_rewritten();
+            Verdict::Rewritten
+        }
         Err(_) => Verdict::Drop(DropReason::RewriteFailed),
     })
 }

@@ -268,7 +268,7 @@ fn vlan_tags_are_looked_through() {
 #[test]
 fn anything_but_ip_is_passed_on() {
     let tables = tables(&[V4.external], &[V4.pod]);
-    let mut arp = HostPacket { bytes: [[0xff; 12].as_slice(), &[0x08, 0x06], &[0; 28]].concat() };
+    let mut arp = HostPacket::new([[0xff; 12].as_slice(), &[0x08, 0x06], &[0; 28]].concat());
     assert_eq!(request(&mut arp, &tables), Verdict::Next);
     assert_eq!(reply(&mut arp, &tables), Verdict::Next);
     assert_eq!(tables.lookups.get(), 0);
@@ -283,7 +283,7 @@ fn a_packet_cut_short_anywhere_is_never_half_rewritten() {
             let whole = plain(net.client, net.external, protocol, ports);
             for length in 0..whole.bytes.len() {
                 let tables = tables(&[net.external], &[net.pod]);
-                let original = HostPacket { bytes: whole.bytes[..length].to_vec() };
+                let original = HostPacket::new(whole.bytes[..length].to_vec());
                 let mut packet = original.clone();
                 // Once it can be told whom it is for, it is dropped: passed on it would go back where it came from.
                 let header = if net.icmp == ICMP { 34 } else { 54 };
@@ -665,6 +665,17 @@ fn with_the_same_ports_the_last_address_that_a_client_spoke_to_answers() {
             }
         }
     }
+}
+
+/// While one agent's programs take the place of another's, both may see a packet.
+#[test]
+fn a_second_program_at_the_same_hook_does_not_take_a_rewritten_packet_for_one_straight_to_the_pod() {
+    let tables = tables(&[V4.external], &[V4.pod]);
+    know_pod(&tables, V4.pod);
+    let mut packet = plain(V4.client, V4.external, UDP, (40_000, 53));
+    assert_eq!(request(&mut packet, &tables), Verdict::Rewritten);
+    assert_eq!(request(&mut packet, &tables), Verdict::Next);
+    assert_eq!(tables.flows.borrow().len(), 1);
 }
 
 #[test]

@@ -138,7 +138,7 @@ proptest! {
         let keep = if aimed { bytes.len() - 28 } else { 14 };
         bytes.truncate(keep);
         bytes.extend(header);
-        let original = HostPacket { bytes };
+        let original = HostPacket::new(bytes);
         let mut packet = original.clone();
         match request(&mut packet, &tables) {
             Verdict::Next | Verdict::Drop(_) => prop_assert_eq!(&packet, &original),

@@ -164,7 +164,18 @@ pub struct Lab {
     pins: Pins,
 }
 
+/// The node's end of a pod's link.
+fn pod_link(index: u8) -> String {
+    format!("pod{index}")
+}
+
 impl Lab {
+    /// The node's interfaces towards the client and its pods.
+    #[must_use]
+    pub fn node_interfaces(&self) -> Vec<String> {
+        [UPLINK.to_owned()].into_iter().chain((1..).zip(&self.pods).map(|(index, _)| pod_link(index))).collect()
+    }
+
     /// Builds what `spec` says.
     ///
     /// # Errors
@@ -329,7 +340,7 @@ fn new_client(spec: &LabSpec, node: &Node, namespace: &str) -> anyhow::Result<Ho
 fn new_pod(spec: &PodSpec, index: u8, offloads: bool, node: &Node, namespace: &str) -> anyhow::Result<Pod> {
     let namespace = new_namespace(namespace)?;
     let (pod_mac, host_mac) = ([2, 0, 0, 0, 2, index], [2, 0, 0, 0, 1, index]);
-    let veth = format!("pod{index}");
+    let veth = pod_link(index);
     namespace.ip(&format!(
         "link add {INTERFACE} address {} type veth peer name {veth} address {} netns {}",
         mac(pod_mac),

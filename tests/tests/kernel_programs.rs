@@ -151,7 +151,7 @@ impl Kernel {
             return Err(io::Error::last_os_error());
         }
         out.truncate(attr.data_size_out.try_into().unwrap());
-        Ok((attr.retval.cast_signed(), HostPacket { bytes: out }))
+        Ok((attr.retval.cast_signed(), HostPacket::new(out)))
     }
 
     fn drops(&self, hook: Hook, reason: DropReason) -> u64 {
@@ -320,7 +320,7 @@ fn what_is_not_ours_is_passed_on_untouched() {
     with_kernel(|kernel| {
         let tables = tables(&[V4.external, V6.external], &[]);
         kernel.set(&tables);
-        let arp = HostPacket { bytes: [[0xff; 12].as_slice(), &[0x08, 0x06], &[0; 46]].concat() };
+        let arp = HostPacket::new([[0xff; 12].as_slice(), &[0x08, 0x06], &[0; 46]].concat());
         let others = [
             arp,
             plain(V4.client, V4.pod, TCP, (1, 2)),

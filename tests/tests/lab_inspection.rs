@@ -61,7 +61,9 @@ fn get_shows_services_endpoints_and_flows() {
         flows.iter().find(|row| row["peerPort"] == 43000).map(|row| row["state"].as_str().unwrap().to_owned())
     };
     assert_eq!(state().as_deref(), Some("established"));
-    drop(stream);
+    // Both sides say that they have no more to send.
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    std::io::copy(&mut &stream, &mut std::io::sink()).unwrap();
     let closed = proxier_tests::wait::until(proxier_tests::exchange::PATIENCE, || {
         state().filter(|state| state == "closed")
     });

@@ -191,7 +191,9 @@ fn no_packet_is_lost_when_another_way_of_attaching_is_chosen() {
     let [v4, _] = externals();
     // Adding a qdisc to an interface that is up makes the kernel itself drop what it sends for a moment
     // (`qdisc_graft` deactivates the device): that is not what is looked at here.
-    let _ = scenario.on_node("tc", &["qdisc", "add", "dev", UPLINK, "clsact"]);
+    for interface in scenario.lab.node_interfaces() {
+        let _ = scenario.on_node("tc", &["qdisc", "add", "dev", &interface, "clsact"]);
+    }
     let (sent, lost) = lost_during(&mut scenario, v4, |scenario| {
         for attach in ["clsact", "tcx"] {
             scenario.stop_agent();

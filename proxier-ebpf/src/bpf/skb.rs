@@ -18,6 +18,10 @@ const ETHERTYPE_VLAN: u16 = 0x8100;
 const ETHERTYPE_QINQ: u16 = 0x88a8;
 const VLAN_TAG: u32 = 4;
 
+/// "proxier\0", in the last two words of the control buffer. What the network driver has left there is anything, but
+/// hardly this.
+const REWRITTEN: [u32; 2] = [u32::from_be_bytes(*b"prox"), u32::from_be_bytes(*b"ier\0")];
+
 /// An skb whose data starts with a link-layer header of `LINK_HEADER` bytes.
 pub(super) struct Skb<'a, const LINK_HEADER: u32> {
     context: &'a TcContext,
@@ -60,6 +64,21 @@ impl<const LINK_HEADER: u32> Packet for Skb<'_, LINK_HEADER> {
     #[inline(always)]
     fn load<T: Plain>(&self, offset: u32) -> Option<T> {
         self.context.load(offset as usize).ok()
+    }
+
+    #[inline(always)]
+    fn set_rewritten(&mut self) {
+        // SAFETY: the kernel hands over a valid context, and programs of one hook share these words.
+        let cb = unsafe { &mut (*self.context.skb.skb).cb };
+        cb[3] = REWRITTEN[0];
+        cb[4] = REWRITTEN[1];
+    }
+
+    #[inline(always)]
+    fn is_rewritten(&self) -> bool {
+        // SAFETY: as in `set_rewritten`.
+        let cb = unsafe { &(*self.context.skb.skb).cb };
+        cb[3] == REWRITTEN[0] && cb[4] == REWRITTEN[1]
     }
 
     #[inline(always)]

@@ -150,7 +150,7 @@ pub fn frame(net: &Network, source: IpAddr, destination: IpAddr, protocol: u8, p
     }
     bytes.extend(payload);
     bytes.extend(std::iter::repeat_n(0xee, net.padding));
-    HostPacket { bytes }
+    HostPacket::new(bytes)
 }
 
 fn v4_header(
