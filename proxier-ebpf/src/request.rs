@@ -84,7 +84,7 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
         return Some(Verdict::Drop(DropReason::SpoofedSource));
     }
     request.now = tables.now();
-    let mut placement = Placement { pod: Address::UNSPECIFIED, former: Address::UNSPECIFIED };
+    let mut placement = Placement { pod: Address::UNSPECIFIED, former: [Address::UNSPECIFIED; 2] };
     place(tables, &request, &mut placement);
     let external = request.destination.external;
     if let Origin::Pod = origin
@@ -199,8 +199,8 @@ fn read<F: Family, P: Packet, T: Tables>(packet: &P, tables: &T, offset: u32, re
 struct Placement {
     /// The pod for new conversations.
     pod: Address,
-    /// The pod that it was on before, for those it still has there.
-    former: Address,
+    /// The pods that it was on before, for those it still has there, the last one first.
+    former: [Address; 2],
 }
 
 /// Finds the pod that the client is on, or chooses one.
@@ -212,7 +212,7 @@ fn place<T: Tables>(tables: &T, request: &Request, placement: &mut Placement) {
     let key = SessionKey { external: *external, peer: *peer };
     if let Some(entry) = tables.session(&key) {
         let session = entry.value();
-        placement.former = session.former;
+        placement.former[0] = session.former;
         if session_holds(tables, service, &session, *now) {
             placement.pod = session.pod;
             if session.generation != service.generation || session.service_id != service.service_id {
@@ -223,7 +223,7 @@ fn place<T: Tables>(tables: &T, request: &Request, placement: &mut Placement) {
             }
             return;
         }
-        placement.former = session.pod;
+        placement.former = [session.pod, session.former];
     }
     let ServiceValue { service_id, generation, backend_count, .. } = *service;
     if backend_count == 0 {
@@ -234,12 +234,18 @@ fn place<T: Tables>(tables: &T, request: &Request, placement: &mut Placement) {
         return;
     };
     placement.pod = backend.pod;
-    if placement.former == backend.pod {
-        placement.former = Address::UNSPECIFIED;
+    if placement.former[0] == backend.pod {
+        placement.former = [placement.former[1], Address::UNSPECIFIED];
     }
     tables.put_session(
         &key,
-        &SessionValue { pod: backend.pod, former: placement.former, last_seen: *now, service_id, generation },
+        &SessionValue {
+            pod: backend.pod,
+            former: placement.former[0],
+            last_seen: *now,
+            service_id,
+            generation,
+        },
     );
 }
 
@@ -321,17 +327,16 @@ fn note_flow<T: Tables>(tables: &T, request: &Request, placement: &mut Placement
     if !nowhere && let Some(entry) = tables.flow(&key) {
         return continue_flow(tables, &key, &entry, &fresh, transport);
     }
-    if placement.former != Address::UNSPECIFIED && !transport.opens() {
-        key.pod = placement.former;
-        if let Some(entry) = tables.flow(&key) {
-            let flow = entry.value();
-            let member =
-                MemberKey { pod: placement.former, service_id: request.service.service_id, padding: 0 };
-            if flow.external == *external
-                && !timeout::flow_is_over(&key, &flow, *now)
-                && tables.member(&member).is_some()
+    if !transport.opens() {
+        for former in placement.former {
+            if former == Address::UNSPECIFIED {
+                break;
+            }
+            key.pod = former;
+            if let Some(entry) = tables.flow(&key)
+                && still_there(tables, request, &key, &entry.value())
             {
-                placement.pod = placement.former;
+                placement.pod = former;
                 return continue_flow(tables, &key, &entry, &fresh, transport);
             }
         }
@@ -349,6 +354,15 @@ fn note_flow<T: Tables>(tables: &T, request: &Request, placement: &mut Placement
             _ => Noted::Collision,
         },
     }
+}
+
+/// Whether a flow with a former pod of the client is this conversation, and the pod still one of the Service's.
+#[inline(always)]
+fn still_there<T: Tables>(tables: &T, request: &Request, key: &FlowKey, flow: &FlowValue) -> bool {
+    let member = MemberKey { pod: key.pod, service_id: request.service.service_id, padding: 0 };
+    flow.external == request.destination.external
+        && !timeout::flow_is_over(key, flow, request.now)
+        && tables.member(&member).is_some()
 }
 
 #[inline(always)]

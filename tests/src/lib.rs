@@ -5,6 +5,7 @@
 
 pub mod agent;
 pub mod capture;
+pub mod connection;
 pub mod exchange;
 pub mod host;
 pub mod manifests;

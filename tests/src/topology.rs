@@ -173,7 +173,10 @@ impl Lab {
     /// The node's interfaces towards the client and its pods.
     #[must_use]
     pub fn node_interfaces(&self) -> Vec<String> {
-        [UPLINK.to_owned()].into_iter().chain((1..).zip(&self.pods).map(|(index, _)| pod_link(index))).collect()
+        [UPLINK.to_owned()]
+            .into_iter()
+            .chain((1..).zip(&self.pods).map(|(index, _)| pod_link(index)))
+            .collect()
     }
 
     /// Builds what `spec` says.

@@ -14,39 +14,14 @@ use std::{
 };
 
 use proxier_tests::{
-    exchange::{PATIENCE, Protocol},
+    connection::Connection,
+    exchange::Protocol,
     neighbour::{Neighbour, Verdict, tcx_programs},
-    responder::Sighting,
     scenario::{Scenario, externals},
     skip_unless_root,
     topology::{LabSpec, UPLINK},
     wait,
 };
-
-/// A connection that stays open, and the pod at its other end.
-struct Connection {
-    stream: TcpStream,
-    pod: String,
-}
-
-impl Connection {
-    fn open(scenario: &Scenario, external: IpAddr, from_port: u16) -> Self {
-        let from = SocketAddr::new(scenario.lab.client.address(external), from_port);
-        let mut stream =
-            scenario.lab.client.connect(from, SocketAddr::new(external, 8443), PATIENCE).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut banner = [0; 256];
-        let size = stream.read(&mut banner).unwrap();
-        Self { stream, pod: Sighting::in_answer(&banner[..size]).unwrap().host }
-    }
-
-    fn goes_on(&mut self, when: &str) {
-        let mut echo = [0; 8];
-        self.stream.write_all(b"question").unwrap();
-        self.stream.read_exact(&mut echo).unwrap_or_else(|error| panic!("{when}: {error}"));
-        assert_eq!(&echo, b"question", "{when}");
-    }
-}
 
 /// Sends numbered datagrams to `external` while `work` goes on, and returns how many were sent and which of them
 /// were never answered.

@@ -7,7 +7,7 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Shutdown, SocketAddr},
     process::Stdio,
     time::Duration,
 };
@@ -138,6 +138,9 @@ fn a_pods_own_connections_are_untouched() {
             let mut banner = [0; 256];
             let size = stream.read(&mut banner).unwrap();
             assert_eq!(Sighting::in_answer(&banner[..size]).unwrap().peer, from);
+            // Until both sides have closed: a late segment would turn up in what is watched next.
+            stream.shutdown(Shutdown::Write).unwrap();
+            std::io::copy(&mut stream, &mut std::io::sink()).unwrap();
 
             let socket = pod.host.udp(from).unwrap();
             socket.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -258,7 +261,7 @@ fn bulk_transfers_survive_segmentation_offload() {
                     received
                 });
                 (&stream).write_all(&sent).unwrap();
-                stream.shutdown(std::net::Shutdown::Write).unwrap();
+                stream.shutdown(Shutdown::Write).unwrap();
                 reader.join().unwrap()
             });
             let banner_ends = received.iter().position(|byte| *byte == b'\n').unwrap() + 1;
