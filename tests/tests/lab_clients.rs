@@ -135,3 +135,48 @@ fn a_large_transfer_gets_through_a_link_that_is_narrower_than_the_client_knows()
         assert!(capture.wrong_checksums().is_empty(), "{:?}", capture.wrong_checksums());
     }
 }
+
+/// A pod that is the end of a tunnel: the checksum of what is within is left to the hardware, that of the UDP around it
+/// is complete ("local checksum offload"). To the kernel's helpers both look alike.
+#[test]
+fn a_tunnel_that_ends_in_a_pod_carries_tcp() {
+    skip_unless_root!();
+    let scenario = Scenario::start(&LabSpec::unique(), &[]);
+    let pod = &scenario.lab.pods[0].host;
+    let client = &scenario.lab.client;
+    scenario.write_pods(&pod.addresses);
+    // The uplink's driver, not the kernel's, would otherwise fill in what is left to it, and none is there.
+    let _ = scenario.on_node("ethtool", &["-K", UPLINK, "tx", "off"]);
+    for (index, external) in (1_u8..).zip(externals()) {
+        scenario.wait_for_pod(client.address(external), external, &pod.name);
+        let (inner_client, inner_pod) = ([10, 99, index, 1], [10, 99, index, 2]);
+        for (host, inner, remote) in
+            [(client, inner_client, external), (pod, inner_pod, client.address(external))]
+        {
+            let [a, b, c, d] = inner;
+            let (local, next) = (host.address(external), 4781 + u32::from(index));
+            let zero = if external.is_ipv4() { "udpcsum" } else { "noudp6zerocsumtx noudp6zerocsumrx" };
+            host.namespace
+                .ip(&format!(
+                    "link add vx{index} type vxlan id {index} local {local} remote {remote} dstport 478{index} \
+                     srcport 478{index} {next} {zero}\naddress add {a}.{b}.{c}.{d}/24 dev vx{index}\n\
+                     link set vx{index} up\n"
+                ))
+                .unwrap();
+        }
+        let to = SocketAddr::new(inner_pod.into(), 6000);
+        let mut stream =
+            client.connect(SocketAddr::new(inner_client.into(), 0), to, PATIENCE).unwrap_or_else(|error| {
+                panic!("no connection through the tunnel to {external}: {error}");
+            });
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut banner = [0; 256];
+        let size = stream.read(&mut banner).unwrap();
+        assert!(size > 0, "the tunnel to {external} is closed");
+        stream.write_all(b"question").unwrap();
+        let size = stream.read(&mut banner).unwrap();
+        assert_eq!(&banner[..size], b"question");
+    }
+    let flows = scenario.get("flows");
+    assert!(flows.iter().any(|flow| flow["podPort"] == 4782), "the tunnel does not go through: {flows:?}");
+}
