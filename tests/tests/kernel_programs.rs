@@ -184,6 +184,11 @@ fn both(kernel: &Kernel, tables: &HostTables, program: &str, packet: &HostPacket
         "proxier_pod_in" => proxier_ebpf::request(&mut expected, tables, Origin::Pod),
         _ => proxier_ebpf::reply(&mut expected, tables),
     };
+    if verdict == Verdict::Hairpin {
+        // Back through the same link: the adapter, which the host has none of, exchanges the two MAC addresses.
+        let (destination, source) = expected.bytes[..12].split_at_mut(6);
+        destination.swap_with_slice(source);
+    }
     let (code_found, found) = kernel.run(program, packet, 0).expect("the program runs");
     assert_eq!(code_found, code(verdict), "{program}: the core says {verdict:?}");
     if !matches!(verdict, Verdict::Drop(_)) {
@@ -346,6 +351,31 @@ fn a_udp_checksum_of_zero_stays_zero_in_the_kernel() {
             let packet = frame(&Network::default(), net.client, net.external, UDP, &bytes);
             let (_, rewritten) = both(kernel, &tables, "proxier_request", &packet);
             assert_eq!(seen(&rewritten).segment[6..8], [0, 0]);
+        }
+    });
+}
+
+#[test]
+fn pods_are_clients_in_the_kernel_as_on_the_host() {
+    with_kernel(|kernel| {
+        for net in BOTH {
+            for protocol in [TCP, UDP, UDPLITE, SCTP, DCCP, GRE, ESP] {
+                let tables = tables(&[net.external], &[net.pod]);
+                kernel.set(&tables);
+                let own = plain(net.pod, net.external, protocol, (40_000, 443));
+                assert_eq!(both(kernel, &tables, "proxier_pod_in", &own).0, Verdict::Hairpin);
+                let there = plain(net.other_pod, net.external, protocol, (40_000, 443));
+                assert_eq!(both(kernel, &tables, "proxier_pod_in", &there).0, Verdict::Rewritten);
+                let back = plain(net.pod, net.other_pod, protocol, (443, 40_000));
+                assert_eq!(both(kernel, &tables, "proxier_pod_out", &back).0, Verdict::Rewritten);
+                if kernel_has_checksum_complete() {
+                    for (program, packet) in
+                        [("proxier_pod_in", &own), ("proxier_pod_in", &there), ("proxier_pod_out", &back)]
+                    {
+                        checksum_complete(kernel, program, packet);
+                    }
+                }
+            }
         }
     });
 }

@@ -105,12 +105,15 @@ impl BpfSink {
         let actual = tables.read()?;
         // A former agent may have been killed between a change and the sweep that belongs to it.
         tables.sweep(&actual)?;
-        tracing::info!(
-            addresses = actual.services.len(),
-            backends = actual.backends.len(),
-            pin_path = %pin_path.display(),
-            "kernel programs are loaded; tables of a former agent are adopted as they are"
-        );
+        if actual.names.is_empty() {
+            tracing::info!(pin_path = %pin_path.display(), "kernel programs are loaded");
+        } else {
+            tracing::info!(
+                services = actual.names.len(),
+                pin_path = %pin_path.display(),
+                "kernel programs are loaded; the tables of a former agent are adopted as they are"
+            );
+        }
         let expiry = Expiry::start(&pin_path)?;
         let named = uplinks.into_iter().collect();
         let view = task::block_in_place(|| Handle::current().block_on(uplinks::watch(named)))?;
@@ -240,7 +243,8 @@ impl Sink for BpfSink {
                 match self.tables.execute(&step, &self.actual) {
                     Ok(()) => self.actual.apply(&step),
                     Err(error) => {
-                        failures.push(format!("{}: {error}", plan.subject(*task, &self.actual)));
+                        let error = anyhow::Error::from(error);
+                        failures.push(format!("{}: {error:#}", plan.subject(*task, &self.actual)));
                         break;
                     }
                 }
@@ -293,7 +297,12 @@ fn load(pin_path: &Path) -> anyhow::Result<Ebpf> {
         let Program::SchedClassifier(program) = program else {
             bail!("program {name} of the kernel object is of an unexpected type");
         };
-        program.load().with_context(|| format!("the kernel's verifier refuses program {name}"))?;
+        program.load().with_context(|| {
+            format!(
+                "program {name} cannot be loaded; if the kernel's verifier refuses it, that is a defect of proxier: please \
+                 report it with the kernel's release and this message"
+            )
+        })?;
     }
     Ok(ebpf)
 }

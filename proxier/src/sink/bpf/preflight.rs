@@ -2,6 +2,7 @@
 //! an `EPERM` from somewhere inside.
 
 use std::{
+    ffi::OsStr,
     fs, io,
     path::{Path, PathBuf},
 };
@@ -118,7 +119,7 @@ fn capabilities(status: &str) -> Result<(), PreflightError> {
     else {
         return Err(PreflightError::Unreadable {
             path: "/proc/self/status".into(),
-            reason: "it says nothing about effective capabilities (CapEff)".to_owned(),
+            reason: "it says nothing about effective capabilities (CapEff): is /proc mounted?".to_owned(),
         });
     };
     let has = |bit: u32| effective & (1 << bit) != 0;
@@ -146,7 +147,7 @@ fn bpffs(pin_path: &Path) -> Result<(), PreflightError> {
         match nix::sys::statfs::statfs(ancestor) {
             Ok(stat) if stat.filesystem_type() == nix::sys::statfs::BPF_FS_MAGIC => {
                 let below = absolute.strip_prefix(ancestor).unwrap_or(&absolute);
-                let dotted = below.components().any(|part| part.as_os_str().to_string_lossy().contains('.'));
+                let dotted = below.components().any(|part| has_dot(Some(part.as_os_str())));
                 return if dotted { Err(PreflightError::Dotted { path: absolute }) } else { Ok(()) };
             }
             Ok(_) => {
@@ -156,10 +157,16 @@ fn bpffs(pin_path: &Path) -> Result<(), PreflightError> {
                 });
             }
             Err(nix::Error::ENOENT) => {}
+            // How a bpffs answers to a name with a dot; which file system it is, the directory above says.
+            Err(nix::Error::EPERM) if has_dot(ancestor.file_name()) => {}
             Err(error) => return Err(unreadable(ancestor, &io::Error::from(error))),
         }
     }
     Err(PreflightError::NoBpffs { path: pin_path.to_owned(), mount_point: "/sys/fs/bpf".into() })
+}
+
+fn has_dot(name: Option<&OsStr>) -> bool {
+    name.is_some_and(|name| name.to_string_lossy().contains('.'))
 }
 
 #[cfg(test)]

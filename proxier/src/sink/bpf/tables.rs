@@ -34,7 +34,7 @@ pub(super) enum TableError {
         path: PathBuf,
     },
     /// The pin cannot be opened.
-    #[error("the map pinned at {} cannot be opened: {source}", path.display())]
+    #[error("the map pinned at {} cannot be opened", path.display())]
     Open {
         /// Where it is pinned.
         path: PathBuf,
@@ -44,13 +44,16 @@ pub(super) enum TableError {
     /// The pinned map is not the one that this version of proxier expects.
     #[error(
         "the map pinned at {} has {found}, this version of proxier expects {expected}: it was made by another \
-         program or an unreleased version; stop the agent and run `proxier cleanup`, which ends running \
+         program or another version; stop the agent and run `proxier cleanup --pin-path {}`, which ends running \
          conversations, or choose another --pin-path",
-        path.display()
+        path.display(),
+        pin_path.display()
     )]
     Shape {
         /// Where it is pinned.
         path: PathBuf,
+        /// What `--pin-path` was.
+        pin_path: PathBuf,
         /// What it is.
         found: String,
         /// What it should be.
@@ -65,7 +68,7 @@ pub(super) enum TableError {
         max_entries: u32,
     },
     /// The kernel refused.
-    #[error("the map `{map}` cannot be {action}: {source}")]
+    #[error("the map `{map}` cannot be {action}")]
     Access {
         /// The map's name.
         map: &'static str,
@@ -142,7 +145,7 @@ fn open_pinned(pin_path: &Path, shape: Shape) -> Result<MapData, TableError> {
     let info = map.info().map_err(|source| TableError::Open { path: path.clone(), source })?;
     let expected = describe(shape.kind, shape.key_size, shape.value_size, shape.max_entries);
     let found = described(&info);
-    if found == expected { Ok(map) } else { Err(TableError::Shape { path, found, expected }) }
+    if found == expected { Ok(map) } else { Err(TableError::Shape { path, pin_path: pin_path.to_owned(), found, expected }) }
 }
 
 fn described(info: &MapInfo) -> String {
