@@ -71,6 +71,10 @@ pub trait Family {
 
     /// Which ICMP protocol belongs to the family.
     const ICMP: u8;
+    /// Where the source address is in the header.
+    const SOURCE: u32;
+    /// Where the destination address is in the header.
+    const DESTINATION: u32;
 
     /// Loads and checks the fixed part of the header at `offset`.
     fn header<P: Packet>(packet: &P, offset: u32) -> Option<Self::Header>;
@@ -100,26 +104,15 @@ pub trait Family {
     /// own checksum makes up for the quoted address. For IPv6 both (RFC 4443, section 2.3).
     fn error_difference(outer: u32, quoted: u32) -> u64;
 
-    /// Replaces the source address of the header at `offset`, and mends the header's own checksum.
+    /// Writes an address `at` bytes into the header at `offset`, and mends the header's own checksum.
     ///
     /// # Errors
     ///
     /// The kernel would not write.
-    fn store_source<P: Packet>(
+    fn store_address<P: Packet>(
         packet: &mut P,
         offset: u32,
-        address: Address,
-        difference: u32,
-    ) -> Result<(), WriteError>;
-
-    /// Replaces the destination address of the header at `offset`, and mends the header's own checksum.
-    ///
-    /// # Errors
-    ///
-    /// The kernel would not write.
-    fn store_destination<P: Packet>(
-        packet: &mut P,
-        offset: u32,
+        at: u32,
         address: Address,
         difference: u32,
     ) -> Result<(), WriteError>;
@@ -130,8 +123,6 @@ pub trait Family {
 pub struct V4;
 
 const V4_CHECKSUM: u32 = 10;
-const V4_SOURCE: u32 = 12;
-const V4_DESTINATION: u32 = 16;
 const V4_MORE_FRAGMENTS: u16 = 0x2000;
 const V4_FRAGMENT_OFFSET: u16 = 0x1fff;
 
@@ -160,6 +151,8 @@ impl Family for V4 {
     type Header = V4Header;
 
     const ICMP: u8 = protocol::ICMP;
+    const SOURCE: u32 = 12;
+    const DESTINATION: u32 = 16;
 
     #[inline(always)]
     fn header<P: Packet>(packet: &P, offset: u32) -> Option<Self::Header> {
@@ -216,25 +209,15 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn store_source<P: Packet>(
+    fn store_address<P: Packet>(
         packet: &mut P,
         offset: u32,
+        at: u32,
         address: Address,
         difference: u32,
     ) -> Result<(), WriteError> {
         packet.adjust_header_checksum(offset + V4_CHECKSUM, difference)?;
-        packet.store_v4_address(offset + V4_SOURCE, address)
-    }
-
-    #[inline(always)]
-    fn store_destination<P: Packet>(
-        packet: &mut P,
-        offset: u32,
-        address: Address,
-        difference: u32,
-    ) -> Result<(), WriteError> {
-        packet.adjust_header_checksum(offset + V4_CHECKSUM, difference)?;
-        packet.store_v4_address(offset + V4_DESTINATION, address)
+        packet.store_v4_address(offset + at, address)
     }
 }
 
@@ -260,8 +243,6 @@ const _: () = assert!(size_of::<V6Header>() == V6_HEADER_LENGTH as usize);
 unsafe impl Plain for V6Header {}
 
 const V6_HEADER_LENGTH: u32 = 40;
-const V6_SOURCE: u32 = 8;
-const V6_DESTINATION: u32 = 24;
 const V6_MORE_FRAGMENTS: u16 = 0x0001;
 const V6_FRAGMENT_OFFSET: u16 = 0xfff8;
 const V6_FRAGMENT_HEADER_LENGTH: u32 = 8;
@@ -282,6 +263,8 @@ impl Family for V6 {
     type Header = V6Header;
 
     const ICMP: u8 = protocol::ICMPV6;
+    const SOURCE: u32 = 8;
+    const DESTINATION: u32 = 24;
 
     #[inline(always)]
     fn header<P: Packet>(packet: &P, offset: u32) -> Option<Self::Header> {
@@ -371,23 +354,14 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn store_source<P: Packet>(
+    fn store_address<P: Packet>(
         packet: &mut P,
         offset: u32,
+        at: u32,
         address: Address,
         _difference: u32,
     ) -> Result<(), WriteError> {
-        packet.store_v6_address(offset + V6_SOURCE, address)
-    }
-
-    #[inline(always)]
-    fn store_destination<P: Packet>(
-        packet: &mut P,
-        offset: u32,
-        address: Address,
-        _difference: u32,
-    ) -> Result<(), WriteError> {
-        packet.store_v6_address(offset + V6_DESTINATION, address)
+        packet.store_v6_address(offset + at, address)
     }
 }
 

@@ -91,8 +91,8 @@ pub(crate) fn to_pod<F: Family, P: Packet, T: Tables>(
     }
     let difference = F::difference(external, pod);
     let written = mend_checksums::<F, P>(packet, &outer, &quote, difference, difference)
-        .and_then(|()| F::store_source(packet, quote.offset, pod, difference))
-        .and_then(|()| F::store_destination(packet, offset, pod, difference));
+        .and_then(|()| F::store_address(packet, quote.offset, F::SOURCE, pod, difference))
+        .and_then(|()| F::store_address(packet, offset, F::DESTINATION, pod, difference));
     verdict(written)
 }
 
@@ -122,8 +122,8 @@ pub(crate) fn to_client<F: Family, P: Packet, T: Tables>(packet: &mut P, tables:
     let outer_difference = F::difference(outer.source, external);
     let quoted_difference = F::difference(pod, external);
     let written = mend_checksums::<F, P>(packet, &outer, &quote, outer_difference, quoted_difference)
-        .and_then(|()| F::store_destination(packet, quote.offset, external, quoted_difference))
-        .and_then(|()| F::store_source(packet, offset, external, outer_difference));
+        .and_then(|()| F::store_address(packet, quote.offset, F::DESTINATION, external, quoted_difference))
+        .and_then(|()| F::store_address(packet, offset, F::SOURCE, external, outer_difference));
     verdict(written)
 }
 

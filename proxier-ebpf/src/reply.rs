@@ -79,7 +79,8 @@ fn ordinary<F: Family, P: Packet, T: Tables>(packet: &mut P, tables: &T, offset:
         return Some(Verdict::Next);
     }
     let replacement = Replacement { old: pod, new: external, other: peer };
-    Some(match rewrite::source::<F, P>(packet, offset, &payload, &transport, &replacement) {
+    let place = (offset, F::SOURCE);
+    Some(match rewrite::address::<F, P>(packet, place, &payload, &transport, &replacement) {
         Ok(()) => Verdict::Rewritten,
         Err(_) => Verdict::Drop(DropReason::RewriteFailed),
     })
@@ -115,15 +116,7 @@ fn external_of_flow<T: Tables>(
     if flow.delivery != DELIVERY_STACK || is_another_conversation(&flow, transport) {
         return false;
     }
-    if now.saturating_sub(flow.last_seen) >= SECOND {
-        entry.set_last_seen(now);
-    }
-    if transport.protocol == protocol::TCP {
-        let state = tcp_state_after(transport, flow.tcp_state);
-        if state != flow.tcp_state {
-            entry.set_tcp_state(state);
-        }
-    }
+    entry.refresh(&flow, now, tcp_state_after(transport, flow.tcp_state));
     *external = flow.external;
     true
 }
@@ -138,6 +131,9 @@ const fn is_another_conversation(flow: &FlowValue, transport: &Transport) -> boo
 /// What a TCP connection's state becomes by a packet of the pod.
 #[inline(always)]
 const fn tcp_state_after(transport: &Transport, state: u8) -> u8 {
+    if transport.protocol != protocol::TCP {
+        return 0;
+    }
     let flags = transport.tcp_flags;
     let mut state = state | TCP_REPLIED;
     if flags & tcp_flags::RST != 0 {

@@ -111,7 +111,8 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
     }
     let replacement = Replacement { old: external, new: placement.pod, other: request.peer };
     let Request { payload, transport, .. } = &request;
-    Some(match rewrite::destination::<F, P>(packet, offset, payload, transport, &replacement) {
+    let place = (offset, F::DESTINATION);
+    Some(match rewrite::address::<F, P>(packet, place, payload, transport, &replacement) {
         Ok(()) => {
             packet.set_rewritten();
             Verdict::Rewritten
@@ -402,15 +403,7 @@ fn continue_flow<T: Tables>(
             Err(error) => error.into(),
         };
     }
-    if now.saturating_sub(flow.last_seen) >= SECOND {
-        entry.set_last_seen(now);
-    }
-    if transport.protocol == protocol::TCP {
-        let state = tcp_state_after(transport, flow.tcp_state);
-        if state != flow.tcp_state {
-            entry.set_tcp_state(state);
-        }
-    }
+    entry.refresh(&flow, now, tcp_state_after(transport, flow.tcp_state));
     Noted::Yes
 }
 
@@ -420,7 +413,7 @@ fn continue_flow<T: Tables>(
 /// not have believed it (RFC 5961). A RST of the pod is the pod's.
 #[inline(always)]
 const fn tcp_state_after(transport: &Transport, state: u8) -> u8 {
-    if transport.opens() {
+    if transport.opens() || transport.protocol != protocol::TCP {
         return 0;
     }
     let flags = transport.tcp_flags;

@@ -20,38 +20,21 @@ pub struct Replacement {
     pub other: Address,
 }
 
-/// Replaces the destination address of the header at `offset`.
+/// Replaces the address that is `at` bytes ([`Family::SOURCE`] or [`Family::DESTINATION`]) into the header at `offset`.
 ///
 /// # Errors
 ///
 /// The kernel would not write. The packet must be dropped.
 #[inline(always)]
-pub fn destination<F: Family, P: Packet>(
+pub fn address<F: Family, P: Packet>(
     packet: &mut P,
-    offset: u32,
+    (offset, at): (u32, u32),
     payload: &Payload,
     transport: &Transport,
     replacement: &Replacement,
 ) -> Result<(), WriteError> {
     let difference = transport_checksum::<F, P>(packet, payload, transport, replacement)?;
-    F::store_destination(packet, offset, replacement.new, difference)
-}
-
-/// Replaces the source address of the header at `offset`.
-///
-/// # Errors
-///
-/// The kernel would not write. The packet must be dropped.
-#[inline(always)]
-pub fn source<F: Family, P: Packet>(
-    packet: &mut P,
-    offset: u32,
-    payload: &Payload,
-    transport: &Transport,
-    replacement: &Replacement,
-) -> Result<(), WriteError> {
-    let difference = transport_checksum::<F, P>(packet, payload, transport, replacement)?;
-    F::store_source(packet, offset, replacement.new, difference)
+    F::store_address(packet, offset, at, replacement.new, difference)
 }
 
 /// Makes a packet from `pod` to `external` one from `external` to `pod`. Every sum over both addresses stays what it was.
@@ -66,8 +49,8 @@ pub fn exchange<F: Family, P: Packet>(
     external: Address,
     pod: Address,
 ) -> Result<(), WriteError> {
-    F::store_source(packet, offset, external, F::difference(pod, external))?;
-    F::store_destination(packet, offset, pod, F::difference(external, pod))
+    F::store_address(packet, offset, F::SOURCE, external, F::difference(pod, external))?;
+    F::store_address(packet, offset, F::DESTINATION, pod, F::difference(external, pod))
 }
 
 /// The transport checksum goes first: it is the write that fails if the packet cannot be made writable, and then

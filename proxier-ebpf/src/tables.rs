@@ -2,7 +2,7 @@
 
 use proxier_common::{
     BackendKey, BackendValue, FlowKey, FlowValue, FragmentKey, FragmentValue, MemberKey, MemberValue,
-    ServiceKey, ServiceValue, SessionKey, SessionValue,
+    ServiceKey, ServiceValue, SessionKey, SessionValue, timeout::SECOND,
 };
 
 /// Why an entry could not be inserted.
@@ -22,6 +22,18 @@ pub trait FlowEntry {
     fn set_last_seen(&self, now: u64);
     /// Notes how far a TCP connection has come.
     fn set_tcp_state(&self, state: u8);
+
+    /// Notes that a packet has passed, which left the flow in this state. `flow` is what [`FlowEntry::value`] said: what
+    /// stays is not written, and time only by the second, for a write takes the memory from all other CPUs.
+    #[inline(always)]
+    fn refresh(&self, flow: &FlowValue, now: u64, tcp_state: u8) {
+        if now.saturating_sub(flow.last_seen) >= SECOND {
+            self.set_last_seen(now);
+        }
+        if tcp_state != flow.tcp_state {
+            self.set_tcp_state(tcp_state);
+        }
+    }
 }
 
 /// A session in its table. Other CPUs may write to it at the same time; every write is of one field.
