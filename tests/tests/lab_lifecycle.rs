@@ -7,15 +7,14 @@
 
 use std::{
     collections::BTreeSet,
-    io::{Read as _, Write as _},
-    net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
+    net::{IpAddr, SocketAddr, UdpSocket},
     sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
 use proxier_tests::{
     connection::Connection,
-    exchange::Protocol,
+    exchange::{PATIENCE, Protocol},
     neighbour::{Neighbour, Verdict, tcx_programs},
     scenario::{Scenario, externals},
     skip_unless_root,

@@ -222,10 +222,10 @@ impl BpfSink {
             let name = interface.map_or("", |interface| interface.name.as_str());
             match detached {
                 Ok(_) if name.is_empty() => {
-                    tracing::debug!(index, "pins of an interface that went are removed")
+                    tracing::debug!(index, "pins of an interface that went are removed");
                 }
                 Ok(_) => {
-                    tracing::info!(interface = name, "leads to no client any more: programs are detached")
+                    tracing::info!(interface = name, "leads to no client any more: programs are detached");
                 }
                 Err(error) => tracing::warn!(interface = name, "programs stay attached: {error:#}"),
             }

@@ -145,7 +145,11 @@ fn open_pinned(pin_path: &Path, shape: Shape) -> Result<MapData, TableError> {
     let info = map.info().map_err(|source| TableError::Open { path: path.clone(), source })?;
     let expected = describe(shape.kind, shape.key_size, shape.value_size, shape.max_entries);
     let found = described(&info);
-    if found == expected { Ok(map) } else { Err(TableError::Shape { path, pin_path: pin_path.to_owned(), found, expected }) }
+    if found == expected {
+        Ok(map)
+    } else {
+        Err(TableError::Shape { path, pin_path: pin_path.to_owned(), found, expected })
+    }
 }
 
 fn described(info: &MapInfo) -> String {

@@ -93,7 +93,7 @@ pub(super) async fn watch(named: BTreeSet<String>) -> anyhow::Result<watch::Rece
                     });
                 }
                 Err(error) => {
-                    tracing::warn!("uplinks stay as they are, interfaces cannot be listed: {error:#}")
+                    tracing::warn!("uplinks stay as they are, interfaces cannot be listed: {error:#}");
                 }
             }
         }
