@@ -306,7 +306,7 @@ impl Family for V6 {
             let Some(extension) = packet.load::<[u8; 8]>(at) else {
                 return false;
             };
-            at += match protocol {
+            let length = match protocol {
                 extension::FRAGMENT => {
                     let field = u16::from_be_bytes([extension[2], extension[3]]);
                     payload.identification =
@@ -328,6 +328,7 @@ impl Family for V6 {
                 // Words of eight bytes, less one (RFC 8200, section 4).
                 _ => (u32::from(extension[1]) + 1) * 8,
             };
+            at = of_unknown_range(at + length);
             protocol = extension[0];
         }
         false
@@ -363,6 +364,20 @@ impl Family for V6 {
     ) -> Result<(), WriteError> {
         packet.store_v6_address(offset + at, address)
     }
+}
+
+/// The same offset, which fits 16 bits as nine extension headers do, but with nothing known about it.
+///
+/// Linux before 6.4 takes every number for one that matters in a program of several functions, and would walk on from
+/// each range of offsets that a sequence of extension headers leads to: more than it has patience for. Of a number that
+/// comes back from half a word of the stack it knows nothing, and all sequences are one.
+#[inline(always)]
+fn of_unknown_range(offset: u32) -> u32 {
+    let mut half_word = 0_u16;
+    // SAFETY: a local variable, valid and aligned.
+    unsafe { core::ptr::write_volatile(&raw mut half_word, (offset & 0xffff) as u16) };
+    // SAFETY: as above, and it was written just now.
+    u32::from(unsafe { core::ptr::read_volatile(&raw const half_word) })
 }
 
 #[inline(always)]

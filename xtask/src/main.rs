@@ -3,6 +3,7 @@
 mod build_ebpf;
 mod demo;
 mod environment;
+mod kernels;
 mod lint;
 mod process;
 mod test;
@@ -26,6 +27,8 @@ enum Command {
     Demo(DemoCommand),
     /// Run every test: on the host, in the kernel, in the lab (as root)
     Test(test::TestOptions),
+    /// Boot older kernels in virtual machines and check the agent in each (minutes, 60 MB of downloads)
+    Kernels(kernels::KernelsOptions),
     /// Run clippy on everything, the kernel programs included, with warnings denied
     Lint(lint::LintOptions),
 }
@@ -45,6 +48,7 @@ fn main() -> ExitCode {
         Command::BuildEbpf(options) => build_ebpf::run_command(&options).map(|()| true),
         Command::Demo(command) => show(&command),
         Command::Test(options) => test::run_command(&options),
+        Command::Kernels(options) => kernels::run_command(&options),
         Command::Lint(options) => lint::run_command(&options),
     };
     match outcome {

@@ -396,8 +396,8 @@ fn works(linker: &Path) -> bool {
             .is_ok_and(|version| version.split_whitespace().any(|word| word == LINKER_VERSION))
 }
 
-/// Outside the work tree, so that a fresh clone does not build the linker again.
-fn cache() -> Result<PathBuf> {
+/// Outside the work tree, so that a fresh clone does not build the linker, or fetch kernels, again.
+pub(crate) fn cache() -> Result<PathBuf> {
     let from = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     from("PROXIER_CACHE")
         .or_else(|| from("XDG_CACHE_HOME").map(|folder| folder.join("proxier")))
