@@ -19,7 +19,7 @@ pub use drops::{DROP_COUNTERS, DropReason, Hook};
 /// Version of this ABI. The agent pins its maps under `<pin-path>/v<SCHEMA>/`.
 pub const SCHEMA: u32 = 1;
 
-/// Most external addresses a node can serve (entries of `services`).
+/// Most external addresses and pods' own addresses together (entries of `services`).
 pub const MAX_SERVICES: u32 = 131_072;
 /// Most backends of all Services and generations (entries of `backends`). A Service being changed is there twice.
 pub const MAX_BACKENDS: u32 = 524_288;
@@ -33,15 +33,15 @@ pub const MAX_FRAGMENTS: u32 = 16_384;
 /// Longest namespace or Service name (RFC 1123 label), in bytes.
 pub const MAX_NAME: usize = 63;
 
-/// Key of `services`: an external address.
+/// Key of `services`: an external address, or a pod's own ([`SERVICE_IS_POD`]).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ServiceKey {
+pub struct ExternalKey {
     /// The external address.
     pub external: Address,
 }
 
-/// Value of `services`: which backends an external address has, right now.
+/// Value of `services`: which backends an external address has, right now. Of a pod's own only `flags` counts.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ServiceValue {
@@ -154,7 +154,8 @@ pub struct SessionValue {
     pub former: Address,
     /// When the client last sent something, to the second.
     pub last_seen: u64,
-    /// As [`ServiceValue::service_id`]: an address that changes hands takes no clients along.
+    /// As [`ServiceValue::service_id`], when the pod was last checked. Where the address changes hands, clients stay whose
+    /// pod is a member of the new Service.
     pub service_id: u32,
     /// The generation in which the pod was last known to belong to the Service.
     pub generation: u32,
@@ -190,7 +191,7 @@ pub struct FlowValue {
     pub last_seen: u64,
     /// As [`ServiceValue::service_id`].
     pub service_id: u32,
-    /// `DELIVERY_*`: which hook rewrites replies; every other one leaves them alone.
+    /// `DELIVERY_*`: how replies are rewritten.
     pub delivery: u8,
     /// Bits of `TCP_*`.
     pub tcp_state: u8,
@@ -198,7 +199,8 @@ pub struct FlowValue {
     pub padding: u16,
 }
 
-/// [`FlowValue::delivery`]: through the node's stack; replies are rewritten at the uplink's egress.
+/// [`FlowValue::delivery`]: through the node's stack; replies are rewritten at the egress of
+/// uplinks, and of pods' links for clients on the node.
 pub const DELIVERY_STACK: u8 = 1;
 
 /// [`FlowValue::tcp_state`]: the pod has answered.
@@ -240,7 +242,7 @@ pub struct FragmentValue {
 
 // A hash map hashes and compares every byte of a key: a hole would make equal keys differ.
 const _: () = {
-    assert!(size_of::<ServiceKey>() == 16);
+    assert!(size_of::<ExternalKey>() == 16);
     assert!(size_of::<ServiceValue>() == 24);
     assert!(size_of::<BackendKey>() == 12);
     assert!(size_of::<BackendValue>() == 16);
@@ -268,7 +270,7 @@ mod pod {
         )+};
     }
     pod!(
-        ServiceKey,
+        ExternalKey,
         ServiceValue,
         BackendKey,
         BackendValue,

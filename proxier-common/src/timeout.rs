@@ -1,5 +1,5 @@
 //! How long a flow may be idle before it counts as over. The kernel asks before it takes a tuple for another
-//! external address; the agent asks when it sweeps the table.
+//! external address; the agent asks when it removes idle ones.
 
 use crate::{FlowKey, FlowValue, TCP_ESTABLISHED, TCP_REPLIED, TCP_REPLY_FIN, TCP_REQUEST_FIN, TCP_RESET};
 

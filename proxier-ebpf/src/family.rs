@@ -85,8 +85,8 @@ pub trait Family {
     /// The destination address.
     fn destination(header: &Self::Header) -> Address;
 
-    /// Finds the transport header and fills in `payload`, as [`Payload::within`] made it. `false` means that the packet is broken, or not one that
-    /// NAT may touch.
+    /// Finds the transport header and fills in `payload`, as [`Payload::within`] made it. `false` means that the packet is
+    /// broken, or not one that NAT may touch.
     fn payload<P: Packet>(packet: &P, offset: u32, header: &Self::Header, payload: &mut Payload) -> bool;
 
     /// What the key of `fragments` says beside addresses and identification.
@@ -247,8 +247,8 @@ const V6_MORE_FRAGMENTS: u16 = 0x0001;
 const V6_FRAGMENT_OFFSET: u16 = 0xfff8;
 const V6_FRAGMENT_HEADER_LENGTH: u32 = 8;
 
-/// Extension headers followed before a packet is left alone. The specification asks for none but orderly use of
-/// six (RFC 8200, section 4.1); packets with more are not seen in the wild.
+/// Extension headers followed. A request with more is dropped as malformed, a reply with more is left alone. The
+/// specification asks for orderly use of six (RFC 8200, section 4.1); packets with more are not seen in the wild.
 pub const MAX_EXTENSION_HEADERS: u32 = 8;
 
 mod extension {

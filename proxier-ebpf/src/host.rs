@@ -8,8 +8,8 @@ use std::{
 };
 
 use proxier_common::{
-    Address, BackendKey, BackendValue, FlowKey, FlowValue, FragmentKey, FragmentValue, MemberKey,
-    MemberValue, ServiceKey, ServiceValue, SessionKey, SessionValue,
+    Address, BackendKey, BackendValue, ExternalKey, FlowKey, FlowValue, FragmentKey, FragmentValue,
+    MemberKey, MemberValue, ServiceValue, SessionKey, SessionValue,
 };
 
 use crate::{
@@ -124,7 +124,7 @@ pub struct HostTables {
     /// `CLOCK_MONOTONIC`, in nanoseconds.
     pub now: Cell<u64>,
     /// As the map of the same name.
-    pub services: RefCell<HashMap<ServiceKey, ServiceValue>>,
+    pub services: RefCell<HashMap<ExternalKey, ServiceValue>>,
     /// As the map of the same name.
     pub backends: RefCell<HashMap<BackendKey, BackendValue>>,
     /// As the map of the same name.
@@ -191,7 +191,7 @@ impl Tables for HostTables {
         self.now.get()
     }
 
-    fn service(&self, key: &ServiceKey) -> Option<ServiceValue> {
+    fn service(&self, key: &ExternalKey) -> Option<ServiceValue> {
         self.count_lookup();
         self.services.borrow().get(key).copied()
     }

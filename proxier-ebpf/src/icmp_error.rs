@@ -6,8 +6,9 @@
 //!   pod or node ──> client, quoting client -> pod   becomes   EXT ──> client, quoting client -> EXT
 //! ```
 //!
-//! An error about no conversation of ours is left alone. Flows are not refreshed: an error is no sign of life. A redirect
-//! (RFC 792, type 5) is dropped: its advice is about the way to the pod, and would be taken for one about the external
+//! An error to an external address about no conversation of ours is dropped, as whatever is for one and is not understood;
+//! one on its way to a client is left alone. Flows are not refreshed: an error is no sign of life. A redirect (RFC 792,
+//! type 5) is dropped: its advice is about the way to the pod, and would be taken for one about the external
 //! address; netfilter's NAT drops it too.
 
 use proxier_common::{Address, DELIVERY_STACK, DropReason, FlowKey, SessionKey, timeout::protocol};

@@ -5,10 +5,12 @@
 //! and on a host on a byte slice ([`host`]). IPv4 and IPv6 share all of it but what [`Family`] supplies.
 //!
 //! Two rules hold everywhere: everything is checked before the first write, so that a packet is either wholly
-//! rewritten or untouched; and a packet that is none of ours costs one lookup.
+//! rewritten or untouched, or dropped, where the kernel refuses a later write; and a packet that is none of ours costs
+//! one lookup.
 //!
-//! Functions are `inline(always)`: the kernel's verifier follows a program's state best through one function, and
-//! a packet then costs no calls but those to the kernel.
+//! Small functions are `inline(always)`. The steps that a packet takes one after the other are `inline(never)`, so that
+//! their frames take turns on the kernel's 512 bytes of stack and the verifier does not multiply their paths
+//! (docs/decisions/003).
 
 #![cfg_attr(target_arch = "bpf", no_std)]
 

@@ -1,8 +1,8 @@
 //! Requests: a packet from a client to an external address goes to a pod.
 
 use proxier_common::{
-    Address, BackendKey, DELIVERY_STACK, DropReason, FlowKey, FlowValue, MEMBER_DRAINING, MemberKey,
-    SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND, ServiceKey, ServiceValue, SessionKey, SessionValue,
+    Address, BackendKey, DELIVERY_STACK, DropReason, ExternalKey, FlowKey, FlowValue, MEMBER_DRAINING,
+    MemberKey, SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND, ServiceValue, SessionKey, SessionValue,
     TCP_ESTABLISHED, TCP_REPLIED, TCP_REQUEST_FIN,
     timeout::{self, SECOND, protocol},
 };
@@ -124,7 +124,7 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
 /// A packet for an external address, or for a pod's own: who speaks to whom, what, and when.
 #[repr(C)]
 struct Request {
-    destination: ServiceKey,
+    destination: ExternalKey,
     peer: Address,
     service: ServiceValue,
     now: u64,
@@ -137,7 +137,7 @@ impl Request {
     #[inline(always)]
     const fn within(length: u32) -> Self {
         Self {
-            destination: ServiceKey { external: Address::UNSPECIFIED },
+            destination: ExternalKey { external: Address::UNSPECIFIED },
             peer: Address::UNSPECIFIED,
             service: ServiceValue {
                 service_id: 0,
@@ -176,7 +176,7 @@ fn read<F: Family, P: Packet, T: Tables>(packet: &P, tables: &T, offset: u32, re
     let Some(header) = F::header(packet, offset) else {
         return Read::NotOurs;
     };
-    request.destination = ServiceKey { external: F::destination(&header) };
+    request.destination = ExternalKey { external: F::destination(&header) };
     request.peer = F::source(&header);
     let Some(service) = tables.service(&request.destination) else {
         return Read::NotOurs;
@@ -209,7 +209,7 @@ struct Placement {
 /// Not inlined, as [`note_flow`]: keys and values of both would not fit the kernel's stack side by side.
 #[inline(never)]
 fn place<T: Tables>(tables: &T, request: &Request, placement: &mut Placement) {
-    let Request { destination: ServiceKey { external }, peer, service, now, .. } = request;
+    let Request { destination: ExternalKey { external }, peer, service, now, .. } = request;
     let key = SessionKey { external: *external, peer: *peer };
     if let Some(entry) = tables.session(&key) {
         let session = entry.value();
@@ -306,11 +306,11 @@ impl From<InsertError> for Noted {
     }
 }
 
-/// Makes sure that a reply will find its external address. A conversation that the client still has with its former pod
+/// Makes sure that a reply will find its external address. A conversation that the client still has with a former pod
 /// stays there: `placement.pod` then becomes that one.
 #[inline(never)]
 fn note_flow<T: Tables>(tables: &T, request: &Request, placement: &mut Placement) -> Noted {
-    let Request { destination: ServiceKey { external }, peer, transport, now, .. } = request;
+    let Request { destination: ExternalKey { external }, peer, transport, now, .. } = request;
     let nowhere = placement.pod == Address::UNSPECIFIED;
     // Nothing comes back for an answer; of a later fragment the first one has noted the flow.
     if !matches!(transport.kind, Kind::Ordinary | Kind::Query) {
@@ -432,7 +432,7 @@ const fn tcp_state_after(transport: &Transport, state: u8) -> u8 {
 /// connection after the end of the old one.
 #[inline(never)]
 fn forget_flow<T: Tables>(tables: &T, request: &Request) {
-    let Request { destination: ServiceKey { external: pod }, peer, transport, .. } = request;
+    let Request { destination: ExternalKey { external: pod }, peer, transport, .. } = request;
     if !matches!(transport.kind, Kind::Ordinary | Kind::Query) {
         return;
     }

@@ -1,8 +1,8 @@
 //! How the core sees the maps, whoever holds them.
 
 use proxier_common::{
-    BackendKey, BackendValue, FlowKey, FlowValue, FragmentKey, FragmentValue, MemberKey, MemberValue,
-    ServiceKey, ServiceValue, SessionKey, SessionValue, timeout::SECOND,
+    BackendKey, BackendValue, ExternalKey, FlowKey, FlowValue, FragmentKey, FragmentValue, MemberKey,
+    MemberValue, ServiceValue, SessionKey, SessionValue, timeout::SECOND,
 };
 
 /// Why an entry could not be inserted.
@@ -56,8 +56,8 @@ pub trait Tables {
     /// `CLOCK_MONOTONIC` in nanoseconds.
     fn now(&self) -> u64;
 
-    /// Looks up an external address.
-    fn service(&self, key: &ServiceKey) -> Option<ServiceValue>;
+    /// Looks up an external address, or a pod's own.
+    fn service(&self, key: &ExternalKey) -> Option<ServiceValue>;
     /// Looks up a backend.
     fn backend(&self, key: &BackendKey) -> Option<BackendValue>;
     /// Looks up whether a pod belongs to a Service.

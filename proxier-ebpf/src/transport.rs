@@ -61,7 +61,7 @@ pub struct Transport {
     pub protocol: u8,
     /// What it is.
     pub kind: Kind,
-    /// The type of the ICMP query that this is or answers, or of the ICMP error; else 0.
+    /// The type of the ICMP query that this is or answers; else 0.
     pub query: u8,
     /// TCP's flags; else 0.
     pub tcp_flags: u8,
@@ -173,7 +173,7 @@ pub fn read<P: Packet>(
     Ok(())
 }
 
-/// What an ICMP or ICMPv6 type is, and the query it belongs to or the error itself (IANA registries "ICMP Type Numbers" and "ICMPv6
+/// What an ICMP or ICMPv6 type is, and the query it belongs to (IANA registries "ICMP Type Numbers" and "ICMPv6
 /// type Numbers").
 #[inline(always)]
 const fn icmp_kind(protocol_number: u8, icmp_type: u8) -> (Kind, u8) {
@@ -182,14 +182,14 @@ const fn icmp_kind(protocol_number: u8, icmp_type: u8) -> (Kind, u8) {
             8 | 13 | 15 | 17 => (Kind::Query, icmp_type),
             0 => (Kind::Answer, 8),
             14 | 16 | 18 => (Kind::Answer, icmp_type - 1),
-            3 | 4 | 5 | 11 | 12 => (Kind::IcmpError, icmp_type),
+            3 | 4 | 5 | 11 | 12 => (Kind::IcmpError, 0),
             _ => (Kind::Unpaired, 0),
         }
     } else {
         match icmp_type {
             128 | 139 => (Kind::Query, icmp_type),
             129 | 140 => (Kind::Answer, icmp_type - 1),
-            1..=127 => (Kind::IcmpError, icmp_type),
+            1..=127 => (Kind::IcmpError, 0),
             133..=137 => (Kind::NeighbourDiscovery, 0),
             _ => (Kind::Unpaired, 0),
         }

@@ -7,8 +7,8 @@ use std::{cell::Cell, rc::Rc};
 
 use common::*;
 use proxier_common::{
-    Address, BackendKey, BackendValue, DropReason, FlowKey, MEMBER_DRAINING, MemberKey, MemberValue,
-    SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND, ServiceKey, SessionKey, TCP_ESTABLISHED, TCP_REPLIED,
+    Address, BackendKey, BackendValue, DropReason, ExternalKey, FlowKey, MEMBER_DRAINING, MemberKey,
+    MemberValue, SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND, SessionKey, TCP_ESTABLISHED, TCP_REPLIED,
     TCP_REPLY_FIN, TCP_REQUEST_FIN, TCP_RESET, timeout::SECOND,
 };
 use proxier_ebpf::{
@@ -351,7 +351,7 @@ fn without_a_pod_packets_are_dropped_or_passed_as_the_service_says() {
         let original = plain(net.client, net.external, UDP, (1, 2));
         let mut packet = original.clone();
         assert_eq!(request(&mut packet, &tables), Verdict::Drop(DropReason::NoBackend));
-        let key = ServiceKey { external: net.external.into() };
+        let key = ExternalKey { external: net.external.into() };
         tables.services.borrow_mut().get_mut(&key).unwrap().flags = SERVICE_PASS_WITHOUT_BACKEND;
         assert_eq!(request(&mut packet, &tables), Verdict::Next);
         assert_eq!(packet, original);
@@ -589,7 +589,7 @@ fn know_pod(tables: &HostTables, pod: std::net::IpAddr) {
     let mut services = tables.services.borrow_mut();
     let value = *services.values().next().expect("a Service");
     services.insert(
-        ServiceKey { external: pod.into() },
+        ExternalKey { external: pod.into() },
         proxier_common::ServiceValue { flags: SERVICE_IS_POD, service_id: 0, ..value },
     );
 }
@@ -914,7 +914,7 @@ fn two_first_packets_at_once_agree_on_the_flow() {
         fn now(&self) -> u64 {
             self.tables.now()
         }
-        fn service(&self, key: &ServiceKey) -> Option<proxier_common::ServiceValue> {
+        fn service(&self, key: &ExternalKey) -> Option<proxier_common::ServiceValue> {
             self.tables.service(key)
         }
         fn backend(&self, key: &proxier_common::BackendKey) -> Option<proxier_common::BackendValue> {

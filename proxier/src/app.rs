@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, future::Future, net::IpAddr, time::Duration};
 
 use anyhow::{Context as _, bail};
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
     time::{Instant, MissedTickBehavior, interval, sleep_until},
 };
@@ -45,8 +45,37 @@ pub enum LocalAddresses {
     Any,
 }
 
-/// Keeps `sink` in line with what comes from `batches`, until a signal comes or `until` says so. Then nothing is
-/// undone: packets go on without the agent.
+/// The signals that end the process, SIGTERM and SIGINT, from when they are first listened for: one that comes while a
+/// sink is being opened, which takes seconds, ends the process as well, and no worse.
+#[derive(Debug)]
+pub struct Shutdown {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Shutdown {
+    /// Listens from now on. To be called within a runtime.
+    ///
+    /// # Errors
+    ///
+    /// The process cannot have handlers for these signals.
+    pub fn listen() -> anyhow::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?,
+            interrupt: signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?,
+        })
+    }
+
+    async fn signalled(mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
+
+/// Keeps `sink` in line with what comes from `batches`, until `shutdown` or `until` says so. Then nothing is undone:
+/// packets go on without the agent.
 ///
 /// # Errors
 ///
@@ -58,20 +87,13 @@ pub async fn run(
     settings: Settings,
     until: Until,
     local_addresses: LocalAddresses,
+    shutdown: Shutdown,
 ) -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
-    let shutdown = async move {
-        tokio::select! {
-            _ = terminate.recv() => "SIGTERM",
-            _ = interrupt.recv() => "SIGINT",
-        }
-    };
     let mut agent = Agent::new(sink, settings);
     if local_addresses == LocalAddresses::OfThisNode {
         agent.watch_addresses(addresses::of_this_node)?;
     }
-    agent.run(batches, until, shutdown).await
+    agent.run(batches, until, shutdown.signalled()).await
 }
 
 type AddressReader<'a> = Box<dyn FnMut() -> anyhow::Result<BTreeSet<IpAddr>> + Send + 'a>;
@@ -89,8 +111,10 @@ struct Agent<'a> {
     catalog: Catalog,
     source_problems: Vec<Problem>,
     report: report::Report,
-    /// What the sink has applied last; none before the first time.
-    in_force: Option<Desired>,
+    /// What the sink has applied last; before the first time, what it had already.
+    in_force: Desired,
+    /// Whether the sink has applied anything.
+    ready: bool,
     retry: Option<Retry>,
     /// Whether the last housekeeping failed: one line in the log, not one a second.
     tick_failed: bool,
@@ -106,12 +130,14 @@ struct Agent<'a> {
 impl<'a> Agent<'a> {
     fn new(sink: &'a mut dyn Sink, settings: Settings) -> Self {
         Self {
+            // Before anything is applied: an attempt that fails half-way must not hide what it changed.
+            in_force: sink.in_force(),
+            ready: false,
             sink,
             settings,
             catalog: Catalog::default(),
             source_problems: Vec::new(),
             report: report::Report::default(),
-            in_force: None,
             retry: None,
             tick_failed: false,
             synced: false,
@@ -145,6 +171,8 @@ impl<'a> Agent<'a> {
             // Far away if nothing has failed; the branch is off then.
             let retry_at = self.retry.map_or_else(Instant::now, |retry| retry.at);
             tokio::select! {
+                // In this order: whoever has told it to end while the sink was being opened wants nothing applied.
+                biased;
                 signal = &mut shutdown => {
                     tracing::info!(signal, "ending; what is in force stays in force");
                     return Ok(());
@@ -198,10 +226,8 @@ impl<'a> Agent<'a> {
         if self.retry.take().is_some() {
             tracing::info!("applied now, after failures");
         }
-        let first = self.in_force.is_none();
-        let before = self.in_force.take().unwrap_or_default();
-        changes::log(&before, &desired);
-        if first {
+        changes::log(&self.in_force, &desired);
+        if !std::mem::replace(&mut self.ready, true) {
             tracing::info!(
                 node = %self.settings.node,
                 services = self.catalog.services().count(),
@@ -210,7 +236,7 @@ impl<'a> Agent<'a> {
                 "ready"
             );
         }
-        self.in_force = Some(desired);
+        self.in_force = desired;
         Ok(())
     }
 
@@ -300,6 +326,8 @@ mod tests {
         applied: Vec<(u64, usize, bool)>,
         ticks: usize,
         start: Option<Instant>,
+        /// What a former agent left.
+        left: Desired,
     }
 
     impl Sink for Recorder {
@@ -310,6 +338,10 @@ mod tests {
             recorded.applied.push((start.elapsed().as_secs(), snapshot.desired.services.len(), !fails));
             anyhow::ensure!(!fails, "no");
             Ok(())
+        }
+
+        fn in_force(&self) -> Desired {
+            self.0.lock().unwrap().left.clone()
         }
 
         fn tick(&mut self) -> anyhow::Result<()> {
@@ -347,6 +379,80 @@ mod tests {
         let recorded = recorder.0.lock().unwrap();
         assert_eq!(recorded.applied, []);
         assert!(recorded.ticks >= 10, "{} ticks", recorded.ticks);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_signal_that_came_before_the_source_was_heard_keeps_everything_as_it_is() {
+        // Many times: a choice by chance would be right now and then.
+        for _ in 0..32 {
+            let recorder = Recorder::default();
+            let (batches, receiver) = mpsc::channel(1);
+            batches.send(web()).await.unwrap();
+            let mut sink = recorder.clone();
+            let shutdown = std::future::ready("test");
+            Agent::new(&mut sink, settings()).run(receiver, Until::Signalled, shutdown).await.unwrap();
+            assert_eq!(recorder.0.lock().unwrap().applied, []);
+        }
+    }
+
+    /// Collects what is logged on this thread.
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl std::io::Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().extend(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Log {
+        fn listen() -> (Self, tracing::subscriber::DefaultGuard) {
+            let log = Self::default();
+            let writer = log.clone();
+            let subscriber =
+                tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+            (log, tracing::subscriber::set_default(subscriber))
+        }
+
+        fn lines_with(&self, text: &str) -> Vec<String> {
+            let log = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
+            log.lines().filter(|line| line.contains(text)).map(str::to_owned).collect()
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_restarted_agent_tells_what_changed_while_none_ran_and_nothing_else() {
+        let mut catalog = Catalog::default();
+        for event in web().events.into_iter().chain(batch([mk_service("gone", ["10.0.0.56"]).into()]).events)
+        {
+            let Event::Apply(object) = event else { panic!("{event:?}") };
+            catalog.apply(object);
+        }
+        let recorder = Recorder::default();
+        let (left, _) = desired::compute(&catalog, &settings());
+        recorder.0.lock().unwrap().left = left;
+        // Of a first attempt that fails, nothing is told; what it was before that counts.
+        recorder.0.lock().unwrap().failures = [true].into();
+
+        let (log, _listening) = Log::listen();
+        let (batches, receiver) = mpsc::channel(1);
+        batches.send(web()).await.unwrap();
+        let mut sink = recorder.clone();
+        let shutdown = async {
+            tokio::time::sleep(Duration::from_secs(10)).await;
+            "test"
+        };
+        Agent::new(&mut sink, settings()).run(receiver, Until::Signalled, shutdown).await.unwrap();
+        let withdrawn = log.lines_with("Service withdrawn");
+        assert!(withdrawn.len() == 1 && withdrawn[0].contains("default/gone"), "{withdrawn:?}");
+        assert_eq!(log.lines_with("default/web"), [""; 0]);
+        let ready = log.lines_with(" ready ");
+        assert!(ready.len() == 1 && ready[0].contains("externals=1"), "{ready:?}");
     }
 
     #[tokio::test(start_paused = true)]

@@ -17,7 +17,7 @@ use clap::{
 use ipnet::IpNet;
 
 use crate::{
-    app::{self, LocalAddresses, Until},
+    app::{self, LocalAddresses, Shutdown, Until},
     desired::{NoBackend, Settings},
     model::NodeName,
     observe::{
@@ -279,6 +279,10 @@ fn file(arguments: FileArgs) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
+    let shutdown = {
+        let _within = runtime.enter();
+        Shutdown::listen()?
+    };
     // Both before anything is read or changed: whoever made a mistake on the command line is waiting to be told.
     let directory = Directory::open(arguments.input, arguments.service_proxy_name)?;
     match arguments.sink {
@@ -297,6 +301,7 @@ fn file(arguments: FileArgs) -> anyhow::Result<()> {
                 settings,
                 Until::Signalled,
                 LocalAddresses::OfThisNode,
+                shutdown,
             )
             .await
         }),
@@ -306,7 +311,7 @@ fn file(arguments: FileArgs) -> anyhow::Result<()> {
             let mut json = JsonSink::new(Box::new(io::stdout()), node, sink.pretty);
             let until = if sink.once { Until::FirstApply } else { Until::Signalled };
             // The lines may be read anywhere, so what this host's interfaces have does not matter.
-            app::run(file::spawn(directory)?, &mut json, settings, until, LocalAddresses::Any).await
+            app::run(file::spawn(directory)?, &mut json, settings, until, LocalAddresses::Any, shutdown).await
         }),
     }
 }

@@ -7,7 +7,7 @@
 //! and the ordinary path runs.
 //!
 //! Packets flow while a plan is carried out, so the order within a Service matters:
-//! 1. external addresses that nobody is to have are withdrawn;
+//! 1. external addresses that nobody is to have are withdrawn, and the Service's name and its pods' own addresses noted;
 //! 2. the next generation of `backends` is written beside the one in force;
 //! 3. `members` is brought up to date: a session is checked against it only once its generation has passed;
 //! 4. one write of `services` per address switches to the new generation.
@@ -23,7 +23,7 @@ use std::{
 
 use proxier_common::{
     Address, BackendKey, BackendValue, MAX_NAME, MEMBER_DRAINING, MemberKey, MemberValue, NameValue,
-    SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND, ServiceKey as ExternalKey, ServiceValue,
+    SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND, ExternalKey, ServiceValue,
 };
 
 use crate::{
@@ -63,8 +63,8 @@ pub enum Step {
     Grace,
     /// Removes a backend of a generation that is no longer in force.
     RemoveBackend(BackendKey),
-    /// Removes every flow and session whose pod no longer belongs to its Service, or whose external address is no
-    /// longer the Service's.
+    /// Removes every flow whose pod is no member of the Service that has its external address now, and every session of
+    /// which neither the pod nor the former one is.
     Sweep,
     /// Frees an id.
     RemoveName(u32),
@@ -133,6 +133,39 @@ impl Actual {
             let key = MemberKey { pod, service_id: service.service_id, padding: 0 };
             service.flags & SERVICE_IS_POD == 0 && self.members.contains_key(&key)
         })
+    }
+
+    /// What of [`Desired`] the tables say.
+    #[must_use]
+    pub fn in_force(&self) -> Desired {
+        let mut desired = Desired::default();
+        for (external, value) in self.services.iter().filter(|(_, value)| value.service_id != POD_ID) {
+            let Some(key) = self.names.get(&value.service_id).and_then(decode_name) else {
+                continue;
+            };
+            let service = desired.services.entry(key).or_insert_with(|| DesiredService {
+                externals: BTreeSet::new(),
+                pods: self.pods(value.service_id, 0),
+                draining: self.pods(value.service_id, MEMBER_DRAINING),
+                affinity_timeout: value.affinity_timeout,
+                no_backend: if value.flags & SERVICE_PASS_WITHOUT_BACKEND == 0 {
+                    NoBackend::Drop
+                } else {
+                    NoBackend::Pass
+                },
+            });
+            service.externals.insert(external.external.to_ip());
+        }
+        desired
+    }
+
+    /// The members of a Service that have these flags.
+    fn pods(&self, service_id: u32, flags: u32) -> BTreeSet<IpAddr> {
+        self.members
+            .iter()
+            .filter(|(key, value)| key.service_id == service_id && value.flags == flags)
+            .map(|(key, _)| key.pod.to_ip())
+            .collect()
     }
 
     /// Every id that something in the tables still uses.
@@ -586,6 +619,21 @@ mod tests {
         carry_out(&desired, &mut actual);
         let read_back = actual.clone();
         assert_eq!(steps(&desired, &read_back), []);
+    }
+
+    #[test]
+    fn what_is_in_force_can_be_read_back() {
+        let draining = |mut service: DesiredService| {
+            service.draining.insert("11.0.0.9".parse().unwrap());
+            service
+        };
+        let desired = desired([
+            (key("a", Family::V4), draining(service(&["10.0.0.1", "10.0.0.2"], &["11.0.0.1"]))),
+            (key("a", Family::V6), service(&["1000::1"], &[])),
+        ]);
+        let mut actual = Actual::default();
+        carry_out(&desired, &mut actual);
+        assert_eq!(actual.in_force(), desired);
     }
 
     #[test]

@@ -243,7 +243,7 @@ fn bad_input_costs_what_is_bad_and_each_is_named() {
         "c-kind.yaml:2:7: kind \"apps/v1 Deployment\"",
         "d-address.yaml:1:1: Service default/mail: spec.externalIPs[1] \"10.0.0.999\"",
         "e-duplicate.yaml:1:1: Service default/web: is already defined at",
-        "Service default/zebra: spec.externalIPs[0] \"10.0.0.55\" belongs to the older Service default/web",
+        "Service default/zebra: spec.externalIPs[0] \"10.0.0.55\" belongs to Service default/web, which comes first",
         "Service default/six: the external IPv6 address \"1000::6\" has no pod to go to",
         "Service default/loop: spec.externalIPs[0] \"127.0.0.1\" is a loopback address: not taken",
         "Service default/none: has no external address",
@@ -390,6 +390,25 @@ fn what_is_not_understood_ends_with_two() {
         assert_eq!(output.status.code(), Some(0), "{arguments:?}");
         assert!(!output.stdout.is_empty(), "{arguments:?}");
     }
+}
+
+#[test]
+fn an_empty_directory_is_mentioned_once_and_followed() {
+    let lab = Lab::new();
+    lab.write("notes.txt", "not a manifest");
+    let mut agent = Agent::to_json(lab.dir.path());
+    let empty =
+        format!("no *.yaml, *.yml or *.json in {}: nothing to do until there is", lab.dir.path().display());
+    agent.logs(&empty);
+    lab.write_by_renaming("service.yaml", &service("web", "10.0.0.55"));
+    assert_eq!(agent.next_that(|line| line["Service"]["Name"] == "web")["Endpoints"], Value::Null);
+    fs::remove_file(lab.path("service.yaml")).unwrap();
+    agent.logs("Service withdrawn");
+    agent.signal(Signal::SIGINT);
+    let (status, _, log) = agent.end();
+    assert_eq!(status.code(), Some(0));
+    assert_eq!(log.iter().filter(|line| line.contains(&empty)).count(), 1, "{log:#?}");
+    assert!(log.iter().any(|line| line.contains("ending; what is in force stays in force")), "{log:#?}");
 }
 
 #[test]

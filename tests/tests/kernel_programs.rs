@@ -26,8 +26,8 @@ use aya::{
 use common::*;
 use proptest::prelude::*;
 use proxier_common::{
-    BackendKey, BackendValue, DropReason, FlowKey, FlowValue, FragmentKey, FragmentValue, Hook, MemberKey,
-    MemberValue, SERVICE_PASS_WITHOUT_BACKEND, ServiceKey, ServiceValue, SessionKey, SessionValue,
+    BackendKey, BackendValue, DropReason, ExternalKey, FlowKey, FlowValue, FragmentKey, FragmentValue, Hook,
+    MemberKey, MemberValue, SERVICE_PASS_WITHOUT_BACKEND, ServiceValue, SessionKey, SessionValue,
 };
 use proxier_ebpf::{
     Origin, Verdict,
@@ -68,7 +68,7 @@ struct TestRun {
 /// The programs and maps of the object under test, not pinned and not attached.
 struct Kernel {
     ebpf: Ebpf,
-    services: HashMap<MapData, ServiceKey, ServiceValue>,
+    services: HashMap<MapData, ExternalKey, ServiceValue>,
     backends: HashMap<MapData, BackendKey, BackendValue>,
     members: HashMap<MapData, MemberKey, MemberValue>,
     sessions: HashMap<MapData, SessionKey, SessionValue>,
@@ -300,7 +300,7 @@ fn drops_are_counted_by_reason_and_hook() {
         }
         assert_eq!(kernel.drops(Hook::UplinkIngress, DropReason::NoBackend), before + 3);
 
-        let key = ServiceKey { external: V4.external.into() };
+        let key = ExternalKey { external: V4.external.into() };
         tables.services.borrow_mut().get_mut(&key).unwrap().flags = SERVICE_PASS_WITHOUT_BACKEND;
         kernel.set(&tables);
         assert_eq!(both(kernel, &tables, "proxier_request", &packet).0, Verdict::Next);

@@ -9,9 +9,11 @@ use std::collections::BTreeSet;
 
 use proxier_tests::{
     exchange::Protocol,
-    scenario::{SERVICE, Scenario, externals},
+    manifests,
+    scenario::{EDIT_TAKES_EFFECT_WITHIN, SERVICE, Scenario, externals},
     skip_unless_root,
-    topology::LabSpec,
+    topology::{LabSpec, NODE_NAME},
+    wait,
 };
 
 #[test]
@@ -37,6 +39,7 @@ fn get_shows_services_endpoints_and_flows() {
     let endpoints = scenario.get("endpoints");
     assert_eq!(strings(&endpoints, "pod"), scenario.all_pods().iter().map(ToString::to_string).collect());
     assert_eq!(strings(&endpoints, "name"), [SERVICE.to_owned()].into());
+    assert_eq!(strings(&endpoints, "state"), ["ready".to_owned()].into());
 
     assert_eq!(scenario.get("flows"), Vec::<serde_json::Value>::new());
     for external in externals() {
@@ -64,10 +67,45 @@ fn get_shows_services_endpoints_and_flows() {
     // Both sides say that they have no more to send.
     stream.shutdown(std::net::Shutdown::Write).unwrap();
     std::io::copy(&mut &stream, &mut std::io::sink()).unwrap();
-    let closed = proxier_tests::wait::until(proxier_tests::exchange::PATIENCE, || {
-        state().filter(|state| state == "closed")
-    });
+    let closed = wait::until(proxier_tests::exchange::PATIENCE, || state().filter(|state| state == "closed"));
     assert!(closed.is_some(), "{:?}", state());
+}
+
+#[test]
+fn get_shows_pods_that_drain_until_they_go() {
+    skip_unless_root!();
+    let scenario = Scenario::start(&LabSpec::unique(), &[]);
+    let pods = scenario.all_pods();
+    let draining = pods[0];
+    let states = || -> BTreeSet<(String, String, bool)> {
+        let row = |row: &serde_json::Value| {
+            let text = |field: &str| row[field].as_str().unwrap().to_owned();
+            (text("pod"), text("state"), row["slot"].is_number())
+        };
+        scenario.get("endpoints").iter().map(row).collect()
+    };
+    let comes_to = |expected: &BTreeSet<_>| {
+        let came = wait::until(EDIT_TAKES_EFFECT_WITHIN, || (states() == *expected).then_some(()));
+        assert!(came.is_some(), "{:?} is never {expected:?}", states());
+    };
+    let ready = |pod: &std::net::IpAddr| (pod.to_string(), "ready".to_owned(), true);
+
+    let slices = manifests::slices(SERVICE, NODE_NAME, &pods);
+    let endpoint = format!("[\"{draining}\"]\n  conditions: {{ready: true}}");
+    assert!(slices.contains(&endpoint), "{slices}");
+    let unready = endpoint.replace("true", "false");
+    scenario.write("slices.yaml", &slices.replace(&endpoint, &unready));
+    let mut expected: BTreeSet<_> = pods[1..].iter().map(ready).collect();
+    let rest = expected.clone();
+    expected.insert((draining.to_string(), "draining".to_owned(), false));
+    comes_to(&expected);
+    let table = scenario.proxier(&["get", "endpoints"]);
+    assert!(String::from_utf8_lossy(&table.stdout).contains("draining"), "{table:?}");
+
+    scenario.write_pods(&pods[1..]);
+    comes_to(&rest);
+    scenario.write_pods(&pods);
+    comes_to(&pods.iter().map(ready).collect());
 }
 
 #[test]

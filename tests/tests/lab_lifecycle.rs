@@ -292,3 +292,24 @@ fn proxier_comes_before_programs_that_were_there_first() {
         let _ = scenario.ask(&scenario.question(Protocol::Udp, 42000, external, 5060));
     }
 }
+
+#[test]
+fn a_second_agent_and_a_clean_up_are_refused_while_one_is_at_work() {
+    skip_unless_root!();
+    let mut scenario = Scenario::start(&LabSpec::unique(), &[]);
+    let manifests = scenario.spec.manifests.display().to_string();
+    for arguments in [
+        vec!["cleanup"],
+        vec!["file", "--input", &manifests, "--node-name", "node1", "to-bpf", "--uplink", UPLINK],
+    ] {
+        let output = scenario.proxier(&arguments);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {said}");
+        assert!(said.contains("a proxier is at work on"), "{arguments:?}: {said}");
+    }
+    let [v4, _] = externals();
+    scenario.wait_for_any_pod(v4);
+    // Also one that was killed leaves the place free.
+    scenario.kill_agent();
+    assert!(scenario.proxier(&["cleanup"]).status.success());
+}

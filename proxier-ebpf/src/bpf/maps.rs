@@ -12,9 +12,9 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use proxier_common::{
-    BackendKey, BackendValue, DROP_COUNTERS, FlowKey, FlowValue, FragmentKey, FragmentValue, MAX_BACKENDS,
-    MAX_FLOWS, MAX_FRAGMENTS, MAX_SERVICES, MAX_SESSIONS, MemberKey, MemberValue, NameKey, NameValue,
-    ServiceKey, ServiceValue, SessionKey, SessionValue,
+    BackendKey, BackendValue, DROP_COUNTERS, ExternalKey, FlowKey, FlowValue, FragmentKey, FragmentValue,
+    MAX_BACKENDS, MAX_FLOWS, MAX_FRAGMENTS, MAX_SERVICES, MAX_SESSIONS, MemberKey, MemberValue, NameKey,
+    NameValue, ServiceValue, SessionKey, SessionValue,
 };
 use proxier_ebpf::tables::{FlowEntry, InsertError, SessionEntry, Tables};
 
@@ -22,7 +22,7 @@ use proxier_ebpf::tables::{FlowEntry, InsertError, SessionEntry, Tables};
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 
 #[btf_map(name = "services")]
-static SERVICES: HashMap<ServiceKey, ServiceValue, { MAX_SERVICES as usize }, NO_PREALLOC> = HashMap::new();
+static SERVICES: HashMap<ExternalKey, ServiceValue, { MAX_SERVICES as usize }, NO_PREALLOC> = HashMap::new();
 
 #[btf_map(name = "backends")]
 static BACKENDS: HashMap<BackendKey, BackendValue, { MAX_BACKENDS as usize }, NO_PREALLOC> = HashMap::new();
@@ -136,7 +136,7 @@ impl Tables for KernelTables {
     }
 
     #[inline(always)]
-    fn service(&self, key: &ServiceKey) -> Option<ServiceValue> {
+    fn service(&self, key: &ExternalKey) -> Option<ServiceValue> {
         // SAFETY: copied at once. Only user space writes, and with NO_PREALLOC an entry is replaced, not reused.
         unsafe { SERVICES.get(key) }.copied()
     }

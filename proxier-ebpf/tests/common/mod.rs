@@ -19,7 +19,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use internet_checksum::Checksum;
 use proxier_common::{
-    Address, BackendKey, BackendValue, MemberKey, MemberValue, ServiceKey, ServiceValue, timeout::SECOND,
+    Address, BackendKey, BackendValue, ExternalKey, MemberKey, MemberValue, ServiceValue, timeout::SECOND,
 };
 use proxier_ebpf::{
     Origin, Tables, Verdict,
@@ -92,7 +92,7 @@ pub fn set_pods(tables: &HostTables, externals: &[IpAddr], pods: &[IpAddr], gene
     }
     for external in externals {
         tables.services.borrow_mut().insert(
-            ServiceKey { external: (*external).into() },
+            ExternalKey { external: (*external).into() },
             ServiceValue {
                 service_id: SERVICE_ID,
                 generation,

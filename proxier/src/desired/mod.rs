@@ -42,7 +42,7 @@ pub enum NoBackend {
 pub struct DesiredService {
     /// The external addresses that this Service owns. All of the key's family.
     pub externals: BTreeSet<IpAddr>,
-    /// Addresses of the pods on this node. All of the key's family. May be empty.
+    /// Addresses of the pods on this node that take new conversations. All of the key's family. May be empty.
     pub pods: BTreeSet<IpAddr>,
     /// Addresses of the other pods of the Service on this node, which are not ready or about to end: they keep the
     /// conversations that they have, and get no new ones. All of the key's family.

@@ -89,7 +89,10 @@ pub fn settle<'a>(
                 Problem::new(
                     Severity::Warning,
                     Subject::Object(ObjectId::Service(loser.service.name.clone())),
-                    format!("belongs to the older Service {}, until that goes", winner.name),
+                    format!(
+                        "belongs to Service {}, which comes first (older, or before it by name), until that goes",
+                        winner.name
+                    ),
                     "give one of the two another address",
                 )
                 .in_field(loser.field, address.to_string()),
@@ -248,8 +251,8 @@ mod tests {
         assert_eq!(
             texts,
             [
-                "Service default/a-new: spec.externalIPs[0] \"10.0.0.55\" belongs to the older Service default/z-old, \
-             until that goes; give one of the two another address"
+                "Service default/a-new: spec.externalIPs[0] \"10.0.0.55\" belongs to Service default/z-old, which \
+                 comes first (older, or before it by name), until that goes; give one of the two another address"
             ]
         );
     }

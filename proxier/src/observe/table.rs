@@ -1,4 +1,4 @@
-//! Rows for people and for programs: `-o table|wide|json|yaml`. Where the rows come from is not known here.
+//! Rows for people and for programs: `-o table|wide|json|yaml`. The rows are `sink::bpf::inspect`'s.
 
 use std::net::IpAddr;
 
@@ -91,6 +91,10 @@ fn dash_if_empty(text: &str) -> String {
     if text.is_empty() { "-".to_owned() } else { text.to_owned() }
 }
 
+fn dash_if_none(number: Option<u32>) -> String {
+    number.map_or_else(|| "-".to_owned(), |number| number.to_string())
+}
+
 impl TableRow for ServiceRow {
     const PLURAL: &'static str = "services";
     const COLUMNS: (&'static [&'static str], usize) =
@@ -111,15 +115,17 @@ impl TableRow for ServiceRow {
 
 impl TableRow for EndpointRow {
     const PLURAL: &'static str = "endpoints";
-    const COLUMNS: (&'static [&'static str], usize) = (&["SERVICE", "POD", "ID", "GENERATION", "SLOT"], 2);
+    const COLUMNS: (&'static [&'static str], usize) =
+        (&["SERVICE", "POD", "STATE", "ID", "GENERATION", "SLOT"], 3);
 
     fn cells(&self) -> Vec<String> {
         vec![
             service(&self.namespace, &self.name),
             self.pod.to_string(),
+            self.state.name().to_owned(),
             self.service_id.to_string(),
-            self.generation.to_string(),
-            self.slot.to_string(),
+            dash_if_none(self.generation),
+            dash_if_none(self.slot),
         ]
     }
 }
@@ -173,6 +179,7 @@ impl TableRow for DropRow {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sink::bpf::inspect::EndpointState;
 
     fn rows() -> Vec<ServiceRow> {
         [("default", "kpng-example", "10.0.0.55"), ("", "", "1000::55")]
@@ -214,6 +221,35 @@ mod tests {
         assert_eq!(json, yaml);
         assert_eq!(json[0]["external"], "10.0.0.55");
         assert_eq!(json[0]["serviceId"], 7);
+    }
+
+    #[test]
+    fn a_pod_that_drains_has_no_slot() {
+        let rows = [("11.0.2.2", EndpointState::Ready, Some(0)), ("11.0.2.3", EndpointState::Draining, None)]
+            .map(|(pod, state, slot)| EndpointRow {
+                namespace: "default".to_owned(),
+                name: "web".to_owned(),
+                pod: pod.parse().unwrap(),
+                state,
+                service_id: 7,
+                generation: slot.map(|_| 3),
+                slot,
+            });
+        insta::assert_snapshot!(render(&rows, Output::Table).unwrap(), @r"
+        SERVICE       POD        STATE
+        default/web   11.0.2.2   ready
+        default/web   11.0.2.3   draining
+        ");
+        insta::assert_snapshot!(render(&rows, Output::Wide).unwrap(), @r"
+        SERVICE       POD        STATE      ID   GENERATION   SLOT
+        default/web   11.0.2.2   ready      7    3            0
+        default/web   11.0.2.3   draining   7    -            -
+        ");
+        let json: serde_json::Value = serde_json::from_str(&render(&rows, Output::Json).unwrap()).unwrap();
+        for (row, read) in rows.iter().zip(json.as_array().unwrap()) {
+            assert_eq!(read["state"], row.state.name());
+            assert_eq!(read["slot"].is_null(), row.slot.is_none());
+        }
     }
 
     #[test]

@@ -24,6 +24,12 @@ pub trait Sink {
     /// What could not be applied; the rest has been.
     fn apply(&mut self, snapshot: Snapshot<'_>) -> anyhow::Result<()>;
 
+    /// What the sink has in force already, before the first [`Sink::apply`]: what a former agent left. Empty if it cannot
+    /// tell, or if nothing outlives an agent.
+    fn in_force(&self) -> Desired {
+        Desired::default()
+    }
+
     /// Called about once a second while nothing changes, for housekeeping.
     ///
     /// # Errors

@@ -11,6 +11,7 @@ use k8s_openapi::{
     },
     apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
 };
+use proxier_common::MAX_NAME;
 
 use crate::model::{
     CreationTime, DEFAULT_AFFINITY_TIMEOUT_SECONDS, Endpoint, EndpointPort, EndpointSlice, Family, IpMode,
@@ -35,10 +36,16 @@ pub struct Converted<T> {
     pub problems: Vec<Problem>,
 }
 
-/// Why an object is none at all.
+/// Why an object is not taken at all.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("has no metadata.name")]
-pub struct Nameless;
+pub enum Refused {
+    /// It is none.
+    #[error("has no metadata.name")]
+    Nameless,
+    /// It is one that the kernel's tables cannot tell from others.
+    #[error("{0}")]
+    Unsupported(Box<Problem>),
+}
 
 /// Collects what is wrong with one object.
 struct Reporter {
@@ -125,10 +132,27 @@ impl Reporter {
     }
 }
 
-fn object_name(metadata: &ObjectMeta) -> Result<ObjectName, Nameless> {
-    let name = metadata.name.clone().filter(|name| !name.is_empty()).ok_or(Nameless)?;
+fn object_name(metadata: &ObjectMeta) -> Result<ObjectName, Refused> {
+    let name = metadata.name.clone().filter(|name| !name.is_empty()).ok_or(Refused::Nameless)?;
     let namespace = metadata.namespace.clone().filter(|namespace| !namespace.is_empty());
     Ok(ObjectName { namespace: namespace.unwrap_or_else(|| "default".to_owned()), name })
+}
+
+/// The kernel's tables have room for the names that the API server accepts: a longer one would be cut, and not be known
+/// again.
+fn service_name(metadata: &ObjectMeta) -> Result<ObjectName, Refused> {
+    let name = object_name(metadata)?;
+    let fields = [("metadata.namespace", &name.namespace), ("metadata.name", &name.name)];
+    let Some((field, _)) = fields.into_iter().find(|(_, text)| text.len() > MAX_NAME) else {
+        return Ok(name);
+    };
+    let problem = Problem::new(
+        Severity::Warning,
+        Subject::Object(ObjectId::Service(name)),
+        format!("is longer than {MAX_NAME} bytes, which the API server accepts of no Service: left out"),
+        "write a shorter one",
+    );
+    Err(Refused::Unsupported(Box::new(problem.in_field(field, ""))))
 }
 
 fn labels(metadata: &ObjectMeta) -> BTreeMap<String, String> {
@@ -139,10 +163,10 @@ fn labels(metadata: &ObjectMeta) -> BTreeMap<String, String> {
 ///
 /// # Errors
 ///
-/// It has no name.
-pub fn service(service: core::Service) -> Result<Converted<Service>, Nameless> {
+/// It has no name, or too long a one.
+pub fn service(service: core::Service) -> Result<Converted<Service>, Refused> {
     let core::Service { metadata, spec, status } = service;
-    let name = object_name(&metadata)?;
+    let name = service_name(&metadata)?;
     let mut reporter = Reporter::new(ObjectId::Service(name.clone()));
     let report = &mut reporter;
     let spec = spec.unwrap_or_default();
@@ -320,7 +344,7 @@ fn source_ranges(ranges: &[String], report: &mut Reporter) -> Vec<IpNet> {
 /// # Errors
 ///
 /// It has no name.
-pub fn endpoint_slice(slice: discovery::EndpointSlice) -> Result<Converted<EndpointSlice>, Nameless> {
+pub fn endpoint_slice(slice: discovery::EndpointSlice) -> Result<Converted<EndpointSlice>, Refused> {
     let discovery::EndpointSlice { address_type, endpoints, metadata, ports } = slice;
     let name = object_name(&metadata)?;
     let mut reporter = Reporter::new(ObjectId::EndpointSlice(name.clone()));
@@ -441,7 +465,7 @@ fn not_a_pods(address: IpAddr) -> Option<&'static str> {
 /// # Errors
 ///
 /// It has no name.
-pub fn node(node: &core::Node) -> Result<Converted<Node>, Nameless> {
+pub fn node(node: &core::Node) -> Result<Converted<Node>, Refused> {
     let name = NodeName::new(object_name(&node.metadata)?.name);
     let mut reporter = Reporter::new(ObjectId::Node(name.clone()));
     let mut addresses = Vec::new();

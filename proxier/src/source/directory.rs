@@ -83,6 +83,12 @@ impl Directory {
         }
     }
 
+    /// Whether the directory, when last read, had nothing in it that could be a manifest.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.is_directory && self.unreadable.is_none() && self.files.is_empty()
+    }
+
     /// Reads what has changed.
     pub fn read(&mut self) -> Batch {
         match self.list() {

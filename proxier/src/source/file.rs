@@ -52,6 +52,13 @@ fn run(mut directory: Directory, batches: &mpsc::Sender<Batch>) {
         // Before reading: what changes while the files are read is noticed after it.
         let unwatched = watch.renew();
         let mut batch = directory.read();
+        if known_problems.is_none() && directory.is_empty() {
+            // A directory that was mounted at the wrong place looks like this, and nothing else would be said about it.
+            tracing::info!(
+                "no *.yaml, *.yml or *.json in {}: nothing to do until there is",
+                directory.watched().display()
+            );
+        }
         let pause = if watch.is_active() { REREAD } else { REREAD_UNWATCHED };
         batch.problems.extend(unwatched);
         if !batch.events.is_empty() || known_problems.as_ref() != Some(&batch.problems) {

@@ -13,7 +13,7 @@ use serde::{
 };
 use serde_saphyr::{MessageFormatter as _, Spanned, UserMessageFormatter};
 
-use super::convert::{self, Converted, Nameless};
+use super::convert::{self, Converted, Refused};
 use crate::model::{Object, Place, Problem, Severity, Subject};
 
 /// What a file says.
@@ -330,7 +330,7 @@ impl Document<'_> {
 impl Manifest {
     fn add(
         &mut self,
-        converted: Result<Converted<Object>, Nameless>,
+        converted: Result<Converted<Object>, Refused>,
         kind: Kind,
         place: Place,
     ) -> Result<(), Flaw> {
@@ -340,8 +340,12 @@ impl Manifest {
                 self.objects.push((object, place));
                 Ok(())
             }
-            Err(Nameless) => {
-                let reason = format!("{} {Nameless}", kind.name());
+            Err(Refused::Unsupported(problem)) => {
+                self.problems.push(problem.at(place));
+                Ok(())
+            }
+            Err(nameless @ Refused::Nameless) => {
+                let reason = format!("{} {nameless}", kind.name());
                 Err(Flaw::new(place.line, place.column, &reason))
             }
         }
@@ -383,7 +387,7 @@ enum ApiObject {
 }
 
 impl ApiObject {
-    fn convert(self) -> Result<Converted<Object>, Nameless> {
+    fn convert(self) -> Result<Converted<Object>, Refused> {
         fn wrap<T>(converted: Converted<T>, object: impl FnOnce(T) -> Object) -> Converted<Object> {
             Converted { object: object(converted.object), problems: converted.problems }
         }

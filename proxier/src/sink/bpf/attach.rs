@@ -158,7 +158,7 @@ pub(super) fn attach(
         .with_context(|| format!("program {name} cannot be attached to {}", interface.name))?;
     }
     // What another --attach left behind goes only now: there is no moment without a program, and for a moment with two
-    // the second one finds nothing left to rewrite.
+    // the first leaves a mark on what it rewrites, and the second lets that go (`Packet::set_rewritten`).
     match method {
         Method::Tcx => detach_clsact(&interface.name).map(drop),
         Method::Clsact => unpin(pin_path, interface.index).map(drop),

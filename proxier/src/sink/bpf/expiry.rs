@@ -1,6 +1,5 @@
 //! Removes flows and sessions that have been idle for longer than they may, in a thread of its own: the tables are large
-//! and nothing waits for it. The kernel programs ask for the time themselves, so an entry that is still there too long
-//! does no harm but take room.
+//! and nothing waits for it. A request asks for the time itself; a reply finds its flow until it is removed here.
 
 use std::{
     collections::HashMap,

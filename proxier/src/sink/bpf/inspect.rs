@@ -7,8 +7,8 @@ use std::{
 };
 
 use proxier_common::{
-    DropReason, Hook, SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND, TCP_ESTABLISHED, TCP_REPLY_FIN,
-    TCP_REQUEST_FIN,
+    DropReason, Hook, MEMBER_DRAINING, SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND, TCP_ESTABLISHED,
+    TCP_REPLY_FIN, TCP_REQUEST_FIN,
     timeout::{self, SECOND, protocol},
 };
 use serde::Serialize;
@@ -38,6 +38,27 @@ pub struct ServiceRow {
     pub no_backend: &'static str,
 }
 
+/// What the kernel does with a pod of a Service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum EndpointState {
+    /// It takes new conversations.
+    Ready,
+    /// It keeps the conversations that it has.
+    Draining,
+}
+
+impl EndpointState {
+    /// The name that commands print.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ready => "ready",
+            Self::Draining => "draining",
+        }
+    }
+}
+
 /// A pod of a Service, as the kernel has it.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -48,12 +69,14 @@ pub struct EndpointRow {
     pub name: String,
     /// The pod's address.
     pub pod: IpAddr,
+    /// Whether it takes new conversations.
+    pub state: EndpointState,
     /// The Service's id in the kernel's tables.
     pub service_id: u32,
-    /// The generation it belongs to.
-    pub generation: u32,
-    /// Its slot in that generation.
-    pub slot: u32,
+    /// The generation it is a backend of; none if it drains.
+    pub generation: Option<u32>,
+    /// Its slot in that generation; none if it drains.
+    pub slot: Option<u32>,
 }
 
 /// A conversation of a pod through an external address.
@@ -143,7 +166,7 @@ pub fn services(pin_path: &Path) -> anyhow::Result<Vec<ServiceRow>> {
     Ok(rows)
 }
 
-/// Every pod in force, by Service and slot.
+/// Every pod that a Service's conversations go to, by Service: those that take new ones by slot, then those that drain.
 ///
 /// # Errors
 ///
@@ -157,6 +180,7 @@ pub fn endpoints(pin_path: &Path) -> anyhow::Result<Vec<EndpointRow>> {
         in_force.insert((value.service_id, value.generation));
     }
     let mut rows = Vec::new();
+    let mut ready = BTreeSet::new();
     for entry in tables.backends.entries() {
         let (key, value) = entry?;
         if !in_force.contains(&(key.service_id, key.generation)) {
@@ -167,13 +191,39 @@ pub fn endpoints(pin_path: &Path) -> anyhow::Result<Vec<EndpointRow>> {
             namespace,
             name,
             pod: value.pod.to_ip(),
+            state: EndpointState::Ready,
             service_id: key.service_id,
-            generation: key.generation,
-            slot: key.slot,
+            generation: Some(key.generation),
+            slot: Some(key.slot),
+        });
+        ready.insert((key.service_id, value.pod));
+    }
+    for entry in tables.members.entries() {
+        let (key, value) = entry?;
+        // A pod is marked before the generation without it is in force.
+        if value.flags & MEMBER_DRAINING == 0 || ready.contains(&(key.service_id, key.pod)) {
+            continue;
+        }
+        let (namespace, name) = names.of(key.service_id);
+        rows.push(EndpointRow {
+            namespace,
+            name,
+            pod: key.pod.to_ip(),
+            state: EndpointState::Draining,
+            service_id: key.service_id,
+            generation: None,
+            slot: None,
         });
     }
     rows.sort_by(|a, b| {
-        (&a.namespace, &a.name, a.service_id, a.slot).cmp(&(&b.namespace, &b.name, b.service_id, b.slot))
+        (&a.namespace, &a.name, a.service_id, a.state, a.slot, a.pod).cmp(&(
+            &b.namespace,
+            &b.name,
+            b.service_id,
+            b.state,
+            b.slot,
+            b.pod,
+        ))
     });
     Ok(rows)
 }

@@ -5,7 +5,8 @@
 
 use std::{
     collections::BTreeSet,
-    fs, io,
+    fs::{self, File, TryLockError},
+    io,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -21,7 +22,11 @@ use self::{
     uplinks::{Interface, View},
 };
 use super::{Sink, Snapshot};
-use crate::delta::{Actual, Plan};
+use crate::{
+    delta::{Actual, Plan},
+    desired::Desired,
+    model::Family,
+};
 
 mod attach;
 mod clock;
@@ -81,9 +86,14 @@ pub struct BpfSink {
     /// When the programs were last put in their places.
     attached_at: Instant,
     local_clients: bool,
-    /// Interfaces that could not be attached to, as reported: said once, tried again at every change.
+    /// Interfaces that could not be attached to, as reported: said once, tried again every second.
     refused: BTreeSet<Interface>,
     reported_missing: BTreeSet<String>,
+    without_uplink: bool,
+    without_forwarding: BTreeSet<Family>,
+    pins_lost: bool,
+    /// Held as long as the agent is at work on the pins.
+    _lock: File,
 }
 
 impl BpfSink {
@@ -99,6 +109,7 @@ impl BpfSink {
         let method = Method::resolve(attach)?;
         let links = attach::directory(&pin_path);
         fs::create_dir_all(&links).with_context(|| format!("{} cannot be made", links.display()))?;
+        let lock = lock(&pin_path)?;
         tables::check_pinned(&pin_path)?;
         let ebpf = load(&pin_path)?;
         let mut tables = Tables::open(&pin_path)?;
@@ -109,7 +120,7 @@ impl BpfSink {
             tracing::info!(pin_path = %pin_path.display(), "kernel programs are loaded");
         } else {
             tracing::info!(
-                services = actual.names.len(),
+                services = actual.in_force().services.into_keys().map(|key| key.service).collect::<BTreeSet<_>>().len(),
                 pin_path = %pin_path.display(),
                 "kernel programs are loaded; the tables of a former agent are adopted as they are"
             );
@@ -131,19 +142,13 @@ impl BpfSink {
             local_clients,
             refused: BTreeSet::new(),
             reported_missing: BTreeSet::new(),
+            without_uplink: false,
+            without_forwarding: BTreeSet::new(),
+            pins_lost: false,
+            _lock: lock,
         };
         let view = sink.view.borrow_and_update().clone();
         sink.follow(&view);
-        if !sink.attached.iter().any(|(_, role)| *role == Role::Uplink) {
-            tracing::warn!(
-                "no uplink yet, so no packet is rewritten: waiting for {}",
-                if view.missing.is_empty() {
-                    "a default route; or name the interfaces towards clients with --uplink".to_owned()
-                } else {
-                    format!("{}", Names(&view.missing))
-                }
-            );
-        }
         Ok(sink)
     }
 
@@ -183,11 +188,26 @@ impl BpfSink {
         if !view.uplinks.is_empty() {
             self.let_go(view);
         }
+        let without_uplink = !self.attached.iter().any(|(_, role)| *role == Role::Uplink);
+        if without_uplink && !self.without_uplink {
+            let wanted = if view.missing.is_empty() {
+                "a default route; or name the interfaces towards clients with --uplink".to_owned()
+            } else {
+                Names(&view.missing).to_string()
+            };
+            tracing::warn!("no uplink: packets from outside are not rewritten; waiting for {wanted}");
+        }
+        self.without_uplink = without_uplink;
     }
 
     /// Every interface that programs belong on, and as what.
     fn wanted(&self, view: &View) -> Vec<(Interface, Role)> {
-        let pod_links = view.pod_links.iter().filter(|_| self.local_clients);
+        // A pair that has just lost its default route, which follow() lets be what it was.
+        let stays = |interface: &Interface| {
+            view.uplinks.is_empty() && self.attached.contains(&(interface.clone(), Role::Uplink))
+        };
+        let pod_links =
+            view.pod_links.iter().filter(|interface| self.local_clients && !stays(interface));
         let uplinks = view.uplinks.iter().map(|interface| (interface.clone(), Role::Uplink));
         // Pods first: their replies leave by uplinks as well.
         pod_links.map(|interface| (interface.clone(), Role::PodLink)).chain(uplinks).collect()
@@ -197,12 +217,44 @@ impl BpfSink {
     /// other programs of the node replace that.
     fn attach_again(&mut self) {
         for (interface, role) in &self.attached {
-            if let Err(error) = attach::attach(&mut self.ebpf, &self.pin_path, interface, *role, self.method)
-            {
-                tracing::warn!(interface = interface.name, ?role, "programs may be off by now: {error:#}");
+            match attach::attach(&mut self.ebpf, &self.pin_path, interface, *role, self.method) {
+                Ok(()) => {
+                    self.refused.remove(interface);
+                }
+                Err(error) if self.refused.insert(interface.clone()) => {
+                    tracing::warn!(interface = interface.name, ?role, "programs may be off by now: {error:#}");
+                }
+                Err(_) => {}
             }
         }
         self.attached_at = Instant::now();
+    }
+
+    /// Says so when somebody has removed or replaced the pinned maps: what this agent writes then reaches nobody who comes
+    /// after it.
+    fn look_after_pins(&mut self) {
+        let lost = !self.tables.are_pinned(&self.pin_path);
+        if lost && !self.pins_lost {
+            tracing::error!(
+                pin_path = %self.pin_path.display(),
+                "the pinned maps are no longer those of this agent: restart it"
+            );
+        }
+        self.pins_lost = lost;
+    }
+
+    /// Says so when the node does not forward packets of a family that is in use.
+    fn look_after_forwarding(&mut self, desired: &Desired) {
+        let families: BTreeSet<Family> = desired.services.keys().map(|key| key.family).collect();
+        let without: BTreeSet<Family> =
+            families.into_iter().filter(|family| !preflight::forwards(*family)).collect();
+        for family in without.difference(&self.without_forwarding) {
+            let parameter = preflight::forwarding_parameter(*family);
+            tracing::warn!(
+                "{parameter} is 0: rewritten {family} packets end on this node; run `sysctl -w {parameter}=1`"
+            );
+        }
+        self.without_forwarding = without;
     }
 
     fn let_go(&mut self, view: &View) {
@@ -236,6 +288,7 @@ impl BpfSink {
 
 impl Sink for BpfSink {
     fn apply(&mut self, snapshot: Snapshot<'_>) -> anyhow::Result<()> {
+        self.look_after_forwarding(snapshot.desired);
         let plan = Plan::new(snapshot.desired, &self.actual, self.sweep_due);
         let mut failures = Vec::new();
         for task in plan.tasks() {
@@ -259,6 +312,10 @@ impl Sink for BpfSink {
         bail!("{}; everything else is in force", failures.join("; "))
     }
 
+    fn in_force(&self) -> Desired {
+        self.actual.in_force()
+    }
+
     fn tick(&mut self) -> anyhow::Result<()> {
         if self.view.has_changed().context("uplinks are no longer followed (netlink)")? {
             let view = self.view.borrow_and_update().clone();
@@ -269,6 +326,7 @@ impl Sink for BpfSink {
         }
         if self.attached_at.elapsed() >= ATTACH_AGAIN {
             self.attach_again();
+            self.look_after_pins();
         }
         Ok(())
     }
@@ -280,6 +338,21 @@ struct Names<'a>(&'a BTreeSet<String>);
 impl std::fmt::Display for Names<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.0.iter().map(String::as_str).collect::<Vec<_>>().join(", "))
+    }
+}
+
+/// Keeps a second agent, or a clean-up, away from the pins until the file is closed.
+fn lock(pin_path: &Path) -> anyhow::Result<File> {
+    let directory = File::open(pin_path).with_context(|| format!("{} cannot be opened", pin_path.display()))?;
+    match directory.try_lock() {
+        Ok(()) => Ok(directory),
+        Err(TryLockError::WouldBlock) => bail!(
+            "a proxier is at work on {}: end it first, or choose another --pin-path",
+            pin_path.display()
+        ),
+        Err(TryLockError::Error(error)) => {
+            Err(error).with_context(|| format!("{} cannot be locked", pin_path.display()))
+        }
     }
 }
 
@@ -314,6 +387,7 @@ fn load(pin_path: &Path) -> anyhow::Result<Ebpf> {
 /// What could not be removed, and why.
 pub fn cleanup(pin_path: &Path) -> anyhow::Result<Vec<String>> {
     preflight::check(pin_path)?;
+    let _lock = if pin_path.exists() { Some(lock(pin_path)?) } else { None };
     let mut removed = Vec::new();
     for index in attach::pinned(pin_path) {
         removed.extend(attach::unpin(pin_path, index)?);

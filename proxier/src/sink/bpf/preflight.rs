@@ -10,6 +10,8 @@ use std::{
 use aya::util::KernelVersion;
 use thiserror::Error;
 
+use crate::model::Family;
+
 /// The oldest kernel that proxier supports: the long-term kernel that brought CAP_BPF's companions and every helper
 /// used here.
 const OLDEST_KERNEL: (u8, u8) = (5, 10);
@@ -77,6 +79,20 @@ pub(super) fn check(pin_path: &Path) -> Result<(), PreflightError> {
 pub(super) fn has_tcx() -> bool {
     let (major, minor) = FIRST_TCX_KERNEL;
     KernelVersion::current().is_ok_and(|running| running >= KernelVersion::new(major, minor, 0))
+}
+
+/// The parameter that lets the node forward packets of a family.
+pub(super) const fn forwarding_parameter(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "net.ipv4.ip_forward",
+        Family::V6 => "net.ipv6.conf.all.forwarding",
+    }
+}
+
+/// Whether the node forwards packets of a family; yes, if it does not say.
+pub(super) fn forwards(family: Family) -> bool {
+    let path = Path::new("/proc/sys").join(forwarding_parameter(family).replace('.', "/"));
+    fs::read_to_string(path).map_or(true, |value| value.trim() != "0")
 }
 
 fn read(path: &str) -> Result<String, PreflightError> {

@@ -13,7 +13,7 @@ use aya::{
 use proxier_common::{
     BackendKey, BackendValue, DROP_COUNTERS, FlowKey, FlowValue, FragmentKey, FragmentValue, MAX_BACKENDS,
     MAX_FLOWS, MAX_FRAGMENTS, MAX_SERVICES, MAX_SESSIONS, MemberKey, MemberValue, NameKey, NameValue, SCHEMA,
-    ServiceKey, ServiceValue, SessionKey, SessionValue,
+    ExternalKey, ServiceValue, SessionKey, SessionValue,
 };
 use thiserror::Error;
 
@@ -98,7 +98,7 @@ impl Shape {
     }
 }
 
-const SERVICES: Shape = Shape::of::<ServiceKey, ServiceValue>("services", MapType::Hash, MAX_SERVICES);
+const SERVICES: Shape = Shape::of::<ExternalKey, ServiceValue>("services", MapType::Hash, MAX_SERVICES);
 const BACKENDS: Shape = Shape::of::<BackendKey, BackendValue>("backends", MapType::Hash, MAX_BACKENDS);
 const MEMBERS: Shape = Shape::of::<MemberKey, MemberValue>("members", MapType::Hash, MAX_BACKENDS);
 const NAMES: Shape = Shape::of::<NameKey, NameValue>("names", MapType::Hash, MAX_SERVICES);
@@ -167,22 +167,21 @@ fn describe(kind: MapType, key_size: u32, value_size: u32, max_entries: u32) -> 
 #[derive(Debug)]
 pub(super) struct Table<K: Pod, V: Pod> {
     shape: Shape,
+    /// The kernel's number for the map.
+    id: u32,
     map: HashMap<MapData, K, V>,
 }
 
 impl<K: Pod, V: Pod> Table<K, V> {
     fn open(pin_path: &Path, shape: Shape) -> Result<Self, TableError> {
         let data = open_pinned(pin_path, shape)?;
+        let error = |source| TableError::Access { map: shape.name, action: "opened", source };
+        let id = data.info().map_err(error)?.id();
         let map = match shape.kind {
             MapType::LruHash => Map::LruHashMap(data),
             _ => Map::HashMap(data),
         };
-        let map = HashMap::try_from(map).map_err(|source| TableError::Access {
-            map: shape.name,
-            action: "opened",
-            source,
-        })?;
-        Ok(Self { shape, map })
+        Ok(Self { shape, id, map: HashMap::try_from(map).map_err(error)? })
     }
 
     /// Every entry. Entries that come and go meanwhile may be there or not.
@@ -246,7 +245,7 @@ impl<K: Pod, V: Pod> Table<K, V> {
 /// The maps that the agent reads and writes.
 #[derive(Debug)]
 pub(super) struct Tables {
-    pub(super) services: Table<ServiceKey, ServiceValue>,
+    pub(super) services: Table<ExternalKey, ServiceValue>,
     pub(super) backends: Table<BackendKey, BackendValue>,
     pub(super) members: Table<MemberKey, MemberValue>,
     pub(super) names: Table<NameKey, NameValue>,
@@ -269,6 +268,12 @@ impl Tables {
             sessions: Table::open(pin_path, SESSIONS)?,
             flows: Table::open(pin_path, FLOWS)?,
         })
+    }
+
+    /// Whether the maps are those that are pinned below `pin_path`.
+    pub(super) fn are_pinned(&self, pin_path: &Path) -> bool {
+        MapInfo::from_pin(directory(pin_path).join(SERVICES.name))
+            .is_ok_and(|pinned| pinned.id() == self.services.id)
     }
 
     /// Reads back everything that only user space writes.

@@ -156,9 +156,37 @@ fn a_range_that_does_not_parse_still_restricts_the_service() {
 
 #[test]
 fn an_object_without_a_name_is_none() {
-    assert_eq!(service(core::Service::default()), Err(Nameless));
-    assert_eq!(endpoint_slice(discovery::EndpointSlice::default()), Err(Nameless));
-    assert_eq!(node(&core::Node::default()), Err(Nameless));
+    assert_eq!(service(core::Service::default()), Err(Refused::Nameless));
+    assert_eq!(endpoint_slice(discovery::EndpointSlice::default()), Err(Refused::Nameless));
+    assert_eq!(node(&core::Node::default()), Err(Refused::Nameless));
+}
+
+#[test]
+fn a_service_whose_name_the_kernels_tables_would_cut_is_left_out_with_the_reason() {
+    let metadata = |namespace: usize, name: usize| ObjectMeta {
+        namespace: Some("n".repeat(namespace)),
+        name: Some("s".repeat(name)),
+        ..ObjectMeta::default()
+    };
+    let convert = |metadata| service(core::Service { metadata, ..core::Service::default() });
+    assert_eq!(convert(metadata(MAX_NAME, MAX_NAME)).unwrap().object.name.name.len(), MAX_NAME);
+    for (namespace, name, field) in
+        [(MAX_NAME + 1, 1, "metadata.namespace"), (1, MAX_NAME + 1, "metadata.name")]
+    {
+        let text = convert(metadata(namespace, name)).unwrap_err().to_string();
+        let subject = format!("Service {}/{}", "n".repeat(namespace), "s".repeat(name));
+        assert_eq!(
+            text,
+            format!(
+                "{subject}: {field} is longer than 63 bytes, which the API server accepts of no Service: left out; \
+                 write a shorter one"
+            )
+        );
+    }
+    // Names of slices may have up to 253 bytes, and get into no table.
+    let slice =
+        discovery::EndpointSlice { metadata: metadata(1, 253), ..discovery::EndpointSlice::default() };
+    endpoint_slice(slice).unwrap();
 }
 
 #[test]

@@ -181,6 +181,18 @@ fn problems_of_an_object_have_its_place() {
 }
 
 #[test]
+fn a_service_that_is_not_taken_costs_nothing_else_of_the_file() {
+    let long = "s".repeat(64);
+    let text = format!("{NODE}---\napiVersion: v1\nkind: Service\nmetadata: {{name: {long}}}\n---\n{WEB}");
+    let manifest = parse_named("a.yaml", &text).unwrap();
+    assert_eq!(ids(&manifest), ["1 Node node1", "10 Service default/web"]);
+    let problems: Vec<_> = manifest.problems.iter().map(ToString::to_string).collect();
+    assert_eq!(problems.len(), 1, "{problems:?}");
+    let start = format!("a.yaml:6:1: Service default/{long}: metadata.name is longer than 63 bytes");
+    assert!(problems[0].starts_with(&start), "{problems:?}");
+}
+
+#[test]
 fn an_alias_bomb_is_refused() {
     let mut text = "apiVersion: v1\nkind: Service\nmetadata:\n  name: web\nl0: &l0 x\n".to_owned();
     for level in 1..12 {
