@@ -22,8 +22,8 @@ use std::{
 };
 
 use proxier_common::{
-    Address, BackendKey, BackendValue, MAX_NAME, MEMBER_DRAINING, MemberKey, MemberValue, NameValue,
-    SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND, ExternalKey, ServiceValue,
+    Address, BackendKey, BackendValue, ExternalKey, MAX_NAME, MEMBER_DRAINING, MemberKey, MemberValue,
+    NameValue, SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND, ServiceValue,
 };
 
 use crate::{

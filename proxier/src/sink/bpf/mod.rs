@@ -206,8 +206,7 @@ impl BpfSink {
         let stays = |interface: &Interface| {
             view.uplinks.is_empty() && self.attached.contains(&(interface.clone(), Role::Uplink))
         };
-        let pod_links =
-            view.pod_links.iter().filter(|interface| self.local_clients && !stays(interface));
+        let pod_links = view.pod_links.iter().filter(|interface| self.local_clients && !stays(interface));
         let uplinks = view.uplinks.iter().map(|interface| (interface.clone(), Role::Uplink));
         // Pods first: their replies leave by uplinks as well.
         pod_links.map(|interface| (interface.clone(), Role::PodLink)).chain(uplinks).collect()
@@ -222,7 +221,11 @@ impl BpfSink {
                     self.refused.remove(interface);
                 }
                 Err(error) if self.refused.insert(interface.clone()) => {
-                    tracing::warn!(interface = interface.name, ?role, "programs may be off by now: {error:#}");
+                    tracing::warn!(
+                        interface = interface.name,
+                        ?role,
+                        "programs may be off by now: {error:#}"
+                    );
                 }
                 Err(_) => {}
             }
@@ -343,7 +346,8 @@ impl std::fmt::Display for Names<'_> {
 
 /// Keeps a second agent, or a clean-up, away from the pins until the file is closed.
 fn lock(pin_path: &Path) -> anyhow::Result<File> {
-    let directory = File::open(pin_path).with_context(|| format!("{} cannot be opened", pin_path.display()))?;
+    let directory =
+        File::open(pin_path).with_context(|| format!("{} cannot be opened", pin_path.display()))?;
     match directory.try_lock() {
         Ok(()) => Ok(directory),
         Err(TryLockError::WouldBlock) => bail!(

@@ -11,9 +11,9 @@ use aya::{
     maps::{HashMap, Map, MapData, MapError, MapInfo, MapType, PerCpuArray},
 };
 use proxier_common::{
-    BackendKey, BackendValue, DROP_COUNTERS, FlowKey, FlowValue, FragmentKey, FragmentValue, MAX_BACKENDS,
-    MAX_FLOWS, MAX_FRAGMENTS, MAX_SERVICES, MAX_SESSIONS, MemberKey, MemberValue, NameKey, NameValue, SCHEMA,
-    ExternalKey, ServiceValue, SessionKey, SessionValue,
+    BackendKey, BackendValue, DROP_COUNTERS, ExternalKey, FlowKey, FlowValue, FragmentKey, FragmentValue,
+    MAX_BACKENDS, MAX_FLOWS, MAX_FRAGMENTS, MAX_SERVICES, MAX_SESSIONS, MemberKey, MemberValue, NameKey,
+    NameValue, SCHEMA, ServiceValue, SessionKey, SessionValue,
 };
 use thiserror::Error;
 
