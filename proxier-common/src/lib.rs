@@ -11,6 +11,7 @@
 
 mod address;
 mod drops;
+pub mod protocol;
 pub mod timeout;
 
 pub use address::Address;

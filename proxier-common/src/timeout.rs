@@ -1,7 +1,9 @@
 //! How long a flow may be idle before it counts as over. The kernel asks before it takes a tuple for another
 //! external address; the agent asks when it removes idle ones.
 
-use crate::{FlowKey, FlowValue, TCP_ESTABLISHED, TCP_REPLIED, TCP_REPLY_FIN, TCP_REQUEST_FIN, TCP_RESET};
+use crate::{
+    FlowKey, FlowValue, TCP_ESTABLISHED, TCP_REPLIED, TCP_REPLY_FIN, TCP_REQUEST_FIN, TCP_RESET, protocol,
+};
 
 /// Nanoseconds in a second.
 pub const SECOND: u64 = 1_000_000_000;
@@ -18,20 +20,6 @@ pub const UDP_TIMEOUT: u64 = 300 * SECOND;
 pub const ICMP_TIMEOUT: u64 = 60 * SECOND;
 /// Everything else.
 pub const OTHER_TIMEOUT: u64 = 600 * SECOND;
-
-/// IP protocol numbers (IANA) that have a timeout of their own.
-pub mod protocol {
-    /// Internet Control Message Protocol.
-    pub const ICMP: u8 = 1;
-    /// Transmission Control Protocol.
-    pub const TCP: u8 = 6;
-    /// User Datagram Protocol.
-    pub const UDP: u8 = 17;
-    /// ICMP for IPv6.
-    pub const ICMPV6: u8 = 58;
-    /// UDP-Lite (RFC 3828).
-    pub const UDPLITE: u8 = 136;
-}
 
 /// Whether both sides have closed the TCP connection, or the pod has reset it.
 #[inline(always)]

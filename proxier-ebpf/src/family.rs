@@ -1,6 +1,6 @@
 //! What differs between IPv4 and IPv6: where the addresses are, and how to find the transport header behind them.
 
-use proxier_common::{Address, timeout::protocol};
+use proxier_common::{Address, protocol};
 
 use crate::{
     checksum,

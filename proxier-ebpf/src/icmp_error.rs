@@ -11,7 +11,7 @@
 //! type 5) is dropped: its advice is about the way to the pod, and would be taken for one about the external
 //! address; netfilter's NAT drops it too.
 
-use proxier_common::{Address, DELIVERY_STACK, DropReason, FlowKey, SessionKey, timeout::protocol};
+use proxier_common::{Address, DELIVERY_STACK, DropReason, FlowKey, SessionKey, protocol};
 
 use crate::{
     checksum,

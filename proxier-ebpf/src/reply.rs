@@ -5,8 +5,8 @@
 
 use proxier_common::{
     Address, DELIVERY_STACK, DropReason, FlowKey, FlowValue, FragmentKey, FragmentValue, TCP_REPLIED,
-    TCP_REPLY_FIN, TCP_RESET,
-    timeout::{self, SECOND, protocol},
+    TCP_REPLY_FIN, TCP_RESET, protocol,
+    timeout::{self, SECOND},
 };
 
 use crate::{

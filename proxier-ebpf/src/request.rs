@@ -3,8 +3,8 @@
 use proxier_common::{
     Address, BackendKey, DELIVERY_STACK, DropReason, ExternalKey, FlowKey, FlowValue, MEMBER_DRAINING,
     MemberKey, SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND, ServiceValue, SessionKey, SessionValue,
-    TCP_ESTABLISHED, TCP_REPLIED, TCP_REQUEST_FIN,
-    timeout::{self, SECOND, protocol},
+    TCP_ESTABLISHED, TCP_REPLIED, TCP_REQUEST_FIN, protocol,
+    timeout::{self, SECOND},
 };
 
 use crate::{

@@ -1,18 +1,12 @@
 //! What the core needs from the transport header: which conversation the packet belongs to, and which checksum
 //! covers the addresses.
 
-use proxier_common::timeout::protocol;
+use proxier_common::protocol;
 
 use crate::{
     family::{Fragment, Payload},
     packet::Packet,
 };
-
-/// IP protocol numbers (IANA) known here beside those that have a timeout of their own.
-mod number {
-    pub(super) const DCCP: u8 = 33;
-    pub(super) const SCTP: u8 = 132;
-}
 
 /// TCP header flags, byte 13 (RFC 9293).
 pub mod tcp_flags {
@@ -133,9 +127,9 @@ pub fn read<P: Packet>(
         protocol::UDP | protocol::UDPLITE => {
             Layout { whole: 8, first_fragment: 8, checksum: 6, zero_means_none: true }
         }
-        number::DCCP => Layout { whole: 12, first_fragment: 8, checksum: 6, zero_means_none: false },
+        protocol::DCCP => Layout { whole: 12, first_fragment: 8, checksum: 6, zero_means_none: false },
         // CRC32c, which does not cover addresses (RFC 9260, section 6.8).
-        number::SCTP => Layout { whole: 12, first_fragment: 4, checksum: 0, zero_means_none: false },
+        protocol::SCTP => Layout { whole: 12, first_fragment: 4, checksum: 0, zero_means_none: false },
         // No pseudo-header (RFC 792).
         protocol::ICMP => Layout { whole: 8, first_fragment: 8, checksum: 0, zero_means_none: false },
         // A pseudo-header (RFC 4443, section 2.3).

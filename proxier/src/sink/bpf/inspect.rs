@@ -8,8 +8,8 @@ use std::{
 
 use proxier_common::{
     DropReason, Hook, MEMBER_DRAINING, SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND, TCP_ESTABLISHED,
-    TCP_REPLY_FIN, TCP_REQUEST_FIN,
-    timeout::{self, SECOND, protocol},
+    TCP_REPLY_FIN, TCP_REQUEST_FIN, protocol,
+    timeout::{self, SECOND},
 };
 use serde::Serialize;
 
@@ -244,7 +244,8 @@ pub fn flows(pin_path: &Path) -> anyhow::Result<Vec<FlowRow>> {
         rows.push(FlowRow {
             namespace,
             name,
-            protocol: protocol_name(key.protocol),
+            protocol: protocol::name(key.protocol)
+                .map_or_else(|| key.protocol.to_string(), ToOwned::to_owned),
             peer: key.peer.to_ip(),
             peer_port: u16::from_be(key.peer_port),
             external: value.external.to_ip(),
@@ -356,28 +357,4 @@ const fn tcp_state(state: u8) -> &'static str {
     } else {
         "opening"
     }
-}
-
-/// The name that `/etc/protocols` and its users know, for those that have one people use.
-fn protocol_name(number: u8) -> String {
-    match number {
-        1 => "icmp",
-        2 => "igmp",
-        4 => "ipip",
-        6 => "tcp",
-        17 => "udp",
-        33 => "dccp",
-        41 => "ipv6",
-        47 => "gre",
-        50 => "esp",
-        51 => "ah",
-        58 => "icmpv6",
-        89 => "ospf",
-        112 => "vrrp",
-        115 => "l2tp",
-        132 => "sctp",
-        136 => "udplite",
-        _ => return number.to_string(),
-    }
-    .to_owned()
 }
