@@ -19,11 +19,12 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use internet_checksum::Checksum;
 use proxier_common::{
-    Address, BackendKey, BackendValue, ExternalKey, MemberKey, MemberValue, ServiceValue, timeout::SECOND,
+    Address, BackendKey, BackendValue, ExternalKey, FlowKey, MEMBER_DRAINING, MemberKey, MemberValue,
+    SERVICE_IS_POD, ServiceValue, timeout::SECOND,
 };
 use proxier_ebpf::{
     Origin, Tables, Verdict,
-    host::{HostPacket, HostTables},
+    host::{HostFlow, HostPacket, HostTables},
 };
 
 pub const TCP: u8 = 6;
@@ -378,4 +379,61 @@ pub fn assert_checksums(packet: &HostPacket) {
         }
         assert_eq!(found, expected, "checksum of protocol {}", seen.protocol);
     }
+}
+
+/// One of each kind.
+pub const ALL_PROTOCOLS: [u8; 7] = [TCP, UDP, UDPLITE, SCTP, DCCP, GRE, ESP];
+
+/// A TCP packet with these flags, of one conversation.
+pub fn tcp(net: &Net, from_client: bool, flags: u8) -> HostPacket {
+    let (source, destination, ports) = if from_client {
+        (net.client, net.external, (40_000, 443))
+    } else {
+        (net.pod, net.client, (443, 40_000))
+    };
+    let mut segment = segment(TCP, ports, b"");
+    segment[13] = flags;
+    frame(&Network::default(), source, destination, TCP, &seal(source, destination, TCP, segment))
+}
+
+/// The flow, where there is one only.
+pub fn only_flow(tables: &HostTables) -> (FlowKey, HostFlow) {
+    let flows = tables.flows.borrow();
+    assert_eq!(flows.len(), 1, "{flows:?}");
+    let (key, flow) = flows.iter().next().expect("one flow");
+    (*key, flow.clone())
+}
+
+/// The pod that a packet of `client` to the external address goes to.
+pub fn pod_of(tables: &HostTables, net: &Net, client: IpAddr, protocol: u8, port: u16) -> IpAddr {
+    let ports =
+        if protocol == net.icmp { (if protocol == ICMP { 8 } else { 128 }, port) } else { (port, port) };
+    let mut packet = plain(client, net.external, protocol, ports);
+    assert_eq!(request(&mut packet, tables), Verdict::Rewritten);
+    seen(&packet).destination
+}
+
+/// One of many clients.
+pub fn client(net: &Net, number: u8) -> IpAddr {
+    let mut address = Address::from(net.client);
+    address.bytes[15] = number;
+    address.to_ip()
+}
+
+/// As the agent: a pod's own address is in `services` too.
+pub fn know_pod(tables: &HostTables, pod: IpAddr) {
+    let mut services = tables.services.borrow_mut();
+    let value = *services.values().next().expect("a Service");
+    services.insert(
+        ExternalKey { external: pod.into() },
+        ServiceValue { flags: SERVICE_IS_POD, service_id: 0, ..value },
+    );
+}
+
+/// As the agent: a pod that takes no new conversations.
+pub fn drain(tables: &HostTables, pod: IpAddr) {
+    tables.members.borrow_mut().insert(
+        MemberKey { pod: pod.into(), service_id: SERVICE_ID, padding: 0 },
+        MemberValue { since_generation: 1, flags: MEMBER_DRAINING },
+    );
 }

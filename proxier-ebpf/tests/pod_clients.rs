@@ -1,0 +1,46 @@
+//! Pods on the node as clients, of other pods and of themselves. As `paths.rs`: one test per thing that must hold.
+
+mod common;
+
+use common::*;
+use proxier_ebpf::{Verdict, reply};
+
+#[test]
+fn a_pod_reaches_another_through_the_external_address() {
+    for net in BOTH {
+        for protocol in ALL_PROTOCOLS {
+            let tables = tables(&[net.external], &[net.other_pod]);
+            let mut packet = plain(net.pod, net.external, protocol, (40_000, 6_001));
+            assert_eq!(request_of_pod(&mut packet, &tables), Verdict::Rewritten);
+            assert_checksums(&packet);
+            assert_eq!((seen(&packet).source, seen(&packet).destination), (net.pod, net.other_pod));
+            let mut packet = plain(net.other_pod, net.pod, protocol, (6_001, 40_000));
+            assert_eq!(reply(&mut packet, &tables), Verdict::Rewritten);
+            assert_checksums(&packet);
+            assert_eq!((seen(&packet).source, seen(&packet).destination), (net.external, net.pod));
+        }
+    }
+}
+
+#[test]
+fn a_pod_that_is_its_own_backend_gets_its_packet_back_from_the_external_address() {
+    for net in BOTH {
+        for protocol in ALL_PROTOCOLS {
+            let tables = tables(&[net.external], &[net.pod]);
+            // What the pod's server sends back to what it takes for its client is turned round in the same way.
+            for ports in [(40_000, 443), (443, 40_000)] {
+                let mut packet = plain(net.pod, net.external, protocol, ports);
+                assert_eq!(request_of_pod(&mut packet, &tables), Verdict::Hairpin, "{protocol}");
+                assert_eq!(packet, plain(net.external, net.pod, protocol, ports));
+            }
+            assert!(tables.flows.borrow().is_empty(), "it needs none");
+        }
+    }
+}
+
+#[test]
+fn a_packet_from_outside_with_the_pods_address_is_not_sent_back() {
+    let tables = tables(&[V4.external], &[V4.pod]);
+    let mut packet = plain(V4.pod, V4.external, UDP, (40_000, 53));
+    assert_eq!(request(&mut packet, &tables), Verdict::Rewritten);
+}
