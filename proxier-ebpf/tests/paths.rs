@@ -1,5 +1,6 @@
 //! A packet's life, path by path: a request goes in, the pod answers, the answer goes out. One test per thing that must
-//! hold; what holds for any packet is in `properties.rs`; sessions, flows, fragments and pods as clients have files of their own.
+//! hold; what holds for any packet is in `properties.rs`; sessions, flows, fragments and pods as clients have files of
+//! their own.
 
 mod common;
 
