@@ -102,7 +102,8 @@ impl Namespace {
     ///
     /// What `ip` says about the line that failed.
     pub fn ip(&self, batch: &str) -> anyhow::Result<()> {
-        ip(&["-n", &self.name, "-batch", "-"], batch)
+        // Not `ip -n`: it remounts `/`, which fails where `/` is no mount point, as in a chroot.
+        run_ip(self.command("ip")?, &["-batch", "-"], batch)
     }
 
     /// Sets a parameter of its network stack, such as `net.ipv4.ip_forward`.
@@ -147,7 +148,11 @@ fn path_of(name: &str) -> PathBuf {
 }
 
 fn ip(arguments: &[&str], input: &str) -> anyhow::Result<()> {
-    let mut child = Command::new("ip")
+    run_ip(Command::new("ip"), arguments, input)
+}
+
+fn run_ip(mut command: Command, arguments: &[&str], input: &str) -> anyhow::Result<()> {
+    let mut child = command
         .args(arguments)
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
