@@ -66,6 +66,17 @@ pub const fn apply(field: u16, difference: u32) -> u16 {
     !((sum & 0xffff) as u16)
 }
 
+/// As [`apply`]; where a field of zero says that there is no checksum, none becomes zero but all ones, which is the same
+/// sum (RFC 768).
+#[inline(always)]
+#[must_use]
+pub const fn apply_as(zero_means_none: bool, field: u16, difference: u32) -> u16 {
+    match apply(field, difference) {
+        0 if zero_means_none => 0xffff,
+        field => field,
+    }
+}
+
 /// What a checksum gains when the 16-bit word `old` becomes `new`.
 #[inline(always)]
 #[must_use]

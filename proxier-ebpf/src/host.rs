@@ -93,10 +93,7 @@ impl Packet for HostPacket {
         if zero_means_none && field == 0 {
             return Ok(());
         }
-        let field = match checksum::apply(field, difference) {
-            0 if zero_means_none => 0xffff,
-            field => field,
-        };
+        let field = checksum::apply_as(zero_means_none, field, difference);
         self.write(offset, &field.to_ne_bytes())
     }
 

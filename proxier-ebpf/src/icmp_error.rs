@@ -68,17 +68,13 @@ pub(crate) fn to_pod<F: Family, P: Packet, T: Tables>(
         // The pod's own error about a packet that it sent to itself: both go back the way that packet came.
         let written = rewrite::exchange::<F, P>(packet, quote.offset, pod, external)
             .and_then(|()| rewrite::exchange::<F, P>(packet, offset, external, pod));
-        return match verdict(written) {
-            Verdict::Rewritten => Verdict::Hairpin,
-            other => other,
-        };
+        return Verdict::of_write(written, Verdict::Hairpin);
     }
     // The quote is a reply as it left.
     if !matches!(quote.transport.kind, Kind::Ordinary | Kind::Answer) {
         return Verdict::Drop(DropReason::UnrelatedError);
     }
-    let (pod_port, peer_port) = (quote.transport.source_port, quote.transport.destination_port);
-    let mut key = key(pod, peer, pod_port, peer_port, &quote.transport);
+    let mut key = quote.transport.flow_of_reply(pod, peer);
     if flow_external(tables, &key) != Some(external) {
         // The conversation may be one with the client's former pod.
         pod = session.value().former;
@@ -94,7 +90,7 @@ pub(crate) fn to_pod<F: Family, P: Packet, T: Tables>(
     let written = mend_checksums::<F, P>(packet, &outer, &quote, difference, difference)
         .and_then(|()| F::store_address(packet, quote.offset, F::SOURCE, pod, difference))
         .and_then(|()| F::store_address(packet, offset, F::DESTINATION, pod, difference));
-    verdict(written)
+    Verdict::of_write(written, Verdict::Rewritten)
 }
 
 /// An error that a pod, the node or somebody behind it sends to a client: about a request.
@@ -113,8 +109,7 @@ pub(crate) fn to_client<F: Family, P: Packet, T: Tables>(packet: &mut P, tables:
         return Verdict::Next;
     }
     let (pod, peer) = (quote.destination, quote.source);
-    let (pod_port, peer_port) = (quote.transport.destination_port, quote.transport.source_port);
-    let Some(external) = flow_external(tables, &key(pod, peer, pod_port, peer_port, &quote.transport)) else {
+    let Some(external) = flow_external(tables, &quote.transport.flow_of_request(pod, peer)) else {
         return Verdict::Next;
     };
     if outer.is_redirect::<F>() {
@@ -125,7 +120,7 @@ pub(crate) fn to_client<F: Family, P: Packet, T: Tables>(packet: &mut P, tables:
     let written = mend_checksums::<F, P>(packet, &outer, &quote, outer_difference, quoted_difference)
         .and_then(|()| F::store_address(packet, quote.offset, F::DESTINATION, external, quoted_difference))
         .and_then(|()| F::store_address(packet, offset, F::SOURCE, external, outer_difference));
-    verdict(written)
+    Verdict::of_write(written, Verdict::Rewritten)
 }
 
 /// The error itself.
@@ -175,19 +170,6 @@ fn quote<F: Family, P: Packet>(packet: &P, outer: &Outer) -> Option<Quote> {
 }
 
 #[inline(always)]
-fn key(pod: Address, peer: Address, pod_port: u16, peer_port: u16, transport: &Transport) -> FlowKey {
-    FlowKey {
-        pod,
-        peer,
-        pod_port,
-        peer_port: if transport.query == 0 { peer_port } else { 0 },
-        protocol: transport.protocol,
-        query: transport.query,
-        padding: 0,
-    }
-}
-
-#[inline(always)]
 fn flow_external<T: Tables>(tables: &T, key: &FlowKey) -> Option<Address> {
     let flow = tables.flow(key)?.value();
     (flow.delivery == DELIVERY_STACK).then_some(flow.external)
@@ -209,21 +191,10 @@ fn mend_checksums<F: Family, P: Packet>(
     if at != 0 {
         let old: u16 = packet.load(at).ok_or(WriteError)?;
         if !(quote.transport.zero_means_none && old == 0) {
-            let new = match checksum::apply(old, quoted_difference) {
-                0 if quote.transport.zero_means_none => 0xffff,
-                new => new,
-            };
+            let new = checksum::apply_as(quote.transport.zero_means_none, old, quoted_difference);
             difference += u64::from(checksum::word_difference(old, new));
             packet.store_checksum(at, new)?;
         }
     }
     packet.store_checksum(own_offset, checksum::apply(own, checksum::fold_to_32(difference)))
-}
-
-#[inline(always)]
-const fn verdict(written: Result<(), WriteError>) -> Verdict {
-    match written {
-        Ok(()) => Verdict::Rewritten,
-        Err(WriteError) => Verdict::Drop(DropReason::RewriteFailed),
-    }
 }

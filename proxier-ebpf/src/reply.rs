@@ -4,8 +4,8 @@
 //! the pod's address directly, match none.
 
 use proxier_common::{
-    Address, DELIVERY_STACK, DropReason, FlowKey, FlowValue, FragmentKey, FragmentValue, TCP_REPLIED,
-    TCP_REPLY_FIN, TCP_RESET, protocol,
+    Address, DELIVERY_STACK, FlowValue, FragmentKey, FragmentValue, TCP_REPLIED, TCP_REPLY_FIN, TCP_RESET,
+    protocol,
     timeout::{self, SECOND},
 };
 
@@ -80,10 +80,8 @@ fn ordinary<F: Family, P: Packet, T: Tables>(packet: &mut P, tables: &T, offset:
     }
     let replacement = Replacement { old: pod, new: external, other: peer };
     let place = (offset, F::SOURCE);
-    Some(match rewrite::address::<F, P>(packet, place, &payload, &transport, &replacement) {
-        Ok(()) => Verdict::Rewritten,
-        Err(_) => Verdict::Drop(DropReason::RewriteFailed),
-    })
+    let written = rewrite::address::<F, P>(packet, place, &payload, &transport, &replacement);
+    Some(Verdict::of_write(written, Verdict::Rewritten))
 }
 
 /// Finds the external address that the client of this conversation speaks to. `false` if it is no conversation of
@@ -99,15 +97,7 @@ fn external_of_flow<T: Tables>(
     if !matches!(transport.kind, Kind::Ordinary | Kind::Answer) {
         return false;
     }
-    let key = FlowKey {
-        pod: *pod,
-        peer: *peer,
-        pod_port: transport.source_port,
-        peer_port: if transport.query == 0 { transport.destination_port } else { 0 },
-        protocol: transport.protocol,
-        query: transport.query,
-        padding: 0,
-    };
+    let key = transport.flow_of_reply(*pod, *peer);
     let Some(entry) = tables.flow(&key) else {
         return false;
     };

@@ -92,10 +92,8 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
     {
         // The pod speaks to itself. Left with its own address as source it would not believe the packet, and the reply
         // would never leave it. From the external address it does, and the reply is a packet of the same kind: no flow.
-        return Some(match rewrite::exchange::<F, P>(packet, offset, external, placement.pod) {
-            Ok(()) => Verdict::Hairpin,
-            Err(_) => Verdict::Drop(DropReason::RewriteFailed),
-        });
+        let written = rewrite::exchange::<F, P>(packet, offset, external, placement.pod);
+        return Some(Verdict::of_write(written, Verdict::Hairpin));
     }
     match note_flow(tables, &request, &mut placement) {
         Noted::Yes => {}
@@ -112,13 +110,9 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
     let replacement = Replacement { old: external, new: placement.pod, other: request.peer };
     let Request { payload, transport, .. } = &request;
     let place = (offset, F::DESTINATION);
-    Some(match rewrite::address::<F, P>(packet, place, payload, transport, &replacement) {
-        Ok(()) => {
-            packet.set_rewritten();
-            Verdict::Rewritten
-        }
-        Err(_) => Verdict::Drop(DropReason::RewriteFailed),
-    })
+    let written = rewrite::address::<F, P>(packet, place, payload, transport, &replacement);
+    packet.set_rewritten();
+    Some(Verdict::of_write(written, Verdict::Rewritten))
 }
 
 /// A packet for an external address, or for a pod's own: who speaks to whom, what, and when.
@@ -316,7 +310,7 @@ fn note_flow<T: Tables>(tables: &T, request: &Request, placement: &mut Placement
     if !matches!(transport.kind, Kind::Ordinary | Kind::Query) {
         return if nowhere { Noted::NoPod } else { Noted::Yes };
     }
-    let mut key = flow_key(placement.pod, *peer, transport);
+    let mut key = transport.flow_of_request(placement.pod, *peer);
     let fresh = FlowValue {
         external: *external,
         last_seen: *now,
@@ -364,19 +358,6 @@ fn still_there<T: Tables>(tables: &T, request: &Request, key: &FlowKey, flow: &F
     flow.external == request.destination.external
         && !timeout::flow_is_over(key, flow, request.now)
         && tables.member(&member).is_some()
-}
-
-#[inline(always)]
-pub(crate) fn flow_key(pod: Address, peer: Address, request: &Transport) -> FlowKey {
-    FlowKey {
-        pod,
-        peer,
-        pod_port: request.destination_port,
-        peer_port: if request.query == 0 { request.source_port } else { 0 },
-        protocol: request.protocol,
-        query: request.query,
-        padding: 0,
-    }
 }
 
 #[inline(always)]
@@ -440,7 +421,7 @@ fn forget_flow<T: Tables>(tables: &T, request: &Request) {
     if is_tcp && !transport.opens() {
         return;
     }
-    let key = flow_key(*pod, *peer, transport);
+    let key = transport.flow_of_request(*pod, *peer);
     if let Some(entry) = tables.flow(&key) {
         let flow = entry.value();
         let ends = !is_tcp

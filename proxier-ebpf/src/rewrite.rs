@@ -78,11 +78,7 @@ fn transport_checksum<F: Family, P: Packet>(
         let left_to_hardware =
             F::pseudo_header_sum(replacement.old, replacement.other, transport.protocol, length);
         if field != left_to_hardware {
-            let field = match checksum::apply(field, difference) {
-                0 => 0xffff,
-                field => field,
-            };
-            packet.store_checksum(at, field)?;
+            packet.store_checksum(at, checksum::apply_as(true, field, difference))?;
             return Ok(difference);
         }
     }

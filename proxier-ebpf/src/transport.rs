@@ -1,7 +1,7 @@
 //! What the core needs from the transport header: which conversation the packet belongs to, and which checksum
 //! covers the addresses.
 
-use proxier_common::protocol;
+use proxier_common::{Address, FlowKey, protocol};
 
 use crate::{
     family::{Fragment, Payload},
@@ -78,6 +78,33 @@ impl Transport {
     #[must_use]
     pub const fn opens(&self) -> bool {
         self.tcp_flags & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::SYN
+    }
+
+    /// The key of the flow that this belongs to as a request of `peer` to `pod`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn flow_of_request(&self, pod: Address, peer: Address) -> FlowKey {
+        self.flow(pod, peer, self.destination_port, self.source_port)
+    }
+
+    /// The key of the flow that this belongs to as a reply of `pod` to `peer`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn flow_of_reply(&self, pod: Address, peer: Address) -> FlowKey {
+        self.flow(pod, peer, self.source_port, self.destination_port)
+    }
+
+    #[inline(always)]
+    const fn flow(&self, pod: Address, peer: Address, pod_port: u16, peer_port: u16) -> FlowKey {
+        FlowKey {
+            pod,
+            peer,
+            pod_port,
+            peer_port: if self.query == 0 { peer_port } else { 0 },
+            protocol: self.protocol,
+            query: self.query,
+            padding: 0,
+        }
     }
 
     /// To be filled in by [`read`].

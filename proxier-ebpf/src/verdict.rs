@@ -2,6 +2,8 @@
 
 use proxier_common::DropReason;
 
+use crate::packet::WriteError;
+
 /// What is to happen with a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
@@ -14,4 +16,15 @@ pub enum Verdict {
     Hairpin,
     /// To be dropped and counted.
     Drop(DropReason),
+}
+
+impl Verdict {
+    /// `if_written` if the packet could be written; else it must go, for a part of it may have been.
+    #[inline(always)]
+    pub(crate) const fn of_write(written: Result<(), WriteError>, if_written: Self) -> Self {
+        match written {
+            Ok(()) => if_written,
+            Err(WriteError) => Self::Drop(DropReason::RewriteFailed),
+        }
+    }
 }
