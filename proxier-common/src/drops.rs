@@ -25,11 +25,20 @@ pub enum DropReason {
     UnrelatedError = 8,
     /// To an external address from that same address.
     SpoofedSource = 9,
+    /// From an address outside the Service's source ranges.
+    SourceNotAllowed = 10,
+    /// A later fragment of a packet whose first fragment has not come by, of a Service that spreads conversations: which
+    /// one it belongs to, only the first says.
+    FragmentWithoutFirst = 11,
+    /// From a process of the node, which has no route to the pod.
+    NoRoute = 12,
+    /// From a process of the node, and larger than the way to the pod is wide.
+    TooBig = 13,
 }
 
 impl DropReason {
     /// Every reason, in the order of its number.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 14] = [
         Self::NoBackend,
         Self::BackendMissing,
         Self::FlowCollision,
@@ -40,6 +49,10 @@ impl DropReason {
         Self::Malformed,
         Self::UnrelatedError,
         Self::SpoofedSource,
+        Self::SourceNotAllowed,
+        Self::FragmentWithoutFirst,
+        Self::NoRoute,
+        Self::TooBig,
     ];
 
     /// The name that commands and metrics print.
@@ -56,6 +69,10 @@ impl DropReason {
             Self::Malformed => "malformed",
             Self::UnrelatedError => "unrelated-error",
             Self::SpoofedSource => "spoofed-source",
+            Self::SourceNotAllowed => "source-not-allowed",
+            Self::FragmentWithoutFirst => "fragment-without-first",
+            Self::NoRoute => "no-route",
+            Self::TooBig => "too-big",
         }
     }
 }
@@ -66,9 +83,9 @@ impl DropReason {
 pub enum Hook {
     /// Ingress of an uplink: requests.
     UplinkIngress = 0,
-    /// Egress of an uplink: replies.
+    /// Egress of an uplink: replies, and requests of the node's own processes.
     UplinkEgress = 1,
-    /// Ingress of a pod's host-side link: requests of pods on this node.
+    /// Ingress of a pod's host-side link: requests of pods on this node, and replies to the node's own processes.
     PodIngress = 2,
     /// Egress of a pod's host-side link: replies to pods on this node.
     PodEgress = 3,
@@ -97,7 +114,7 @@ impl Hook {
     }
 }
 
-const REASONS: u32 = 10;
+const REASONS: u32 = 14;
 const HOOKS: u32 = 4;
 /// Room for hooks to come, as for reasons.
 const MAX_HOOKS: u32 = 8;

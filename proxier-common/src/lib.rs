@@ -11,14 +11,18 @@
 
 mod address;
 mod drops;
+mod events;
 pub mod protocol;
+mod stats;
 pub mod timeout;
 
 pub use address::Address;
 pub use drops::{DROP_COUNTERS, DropReason, Hook};
+pub use events::{DropEvent, EVENT_BYTES, EVENTS_A_SECOND, EventBudget};
+pub use stats::{STATISTICS, Statistic};
 
 /// Version of this ABI. The agent pins its maps under `<pin-path>/v<SCHEMA>/`.
-pub const SCHEMA: u32 = 1;
+pub const SCHEMA: u32 = 2;
 
 /// Most external addresses and pods' own addresses together (entries of `services`).
 pub const MAX_SERVICES: u32 = 131_072;
@@ -31,10 +35,13 @@ pub const MAX_FLOWS: u32 = 262_144;
 /// Most fragmented packets of which the rest is still awaited (entries of `fragments`).
 pub const MAX_FRAGMENTS: u32 = 16_384;
 
+/// Most source ranges of all Services and generations (entries of `sources`).
+pub const MAX_SOURCES: u32 = 65_536;
+
 /// Longest namespace or Service name (RFC 1123 label), in bytes.
 pub const MAX_NAME: usize = 63;
 
-/// Key of `services`: an external address, or a pod's own ([`SERVICE_IS_POD`]).
+/// Key of `services`: an external address, a pod's own ([`SERVICE_IS_POD`]) or the node's ([`SERVICE_IS_NODE`]).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ExternalKey {
@@ -42,7 +49,7 @@ pub struct ExternalKey {
     pub external: Address,
 }
 
-/// Value of `services`: which backends an external address has, right now. Of a pod's own only `flags` counts.
+/// Value of `services`: which backends an external address has, right now. Of a pod's or the node's own only `flags` counts.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ServiceValue {
@@ -56,8 +63,9 @@ pub struct ServiceValue {
     pub affinity_timeout: u32,
     /// Bits of `SERVICE_*`.
     pub flags: u32,
-    /// Keeps the value a multiple of 8 bytes. Always 0.
-    pub padding: u32,
+    /// Which set of `sources` is in force; 0 if everybody may send. A set of its own numbering: source ranges change
+    /// seldom, backends often.
+    pub source_generation: u32,
 }
 
 /// [`ServiceValue::flags`]: without a backend, leave packets to the rest of the node instead of dropping them.
@@ -66,6 +74,11 @@ pub const SERVICE_PASS_WITHOUT_BACKEND: u32 = 1 << 0;
 /// belongs to no external address, which ends what is noted about an earlier conversation with the same ports. Here and
 /// not in a map of its own, so that a packet to anybody else still costs one look-up.
 pub const SERVICE_IS_POD: u32 = 1 << 1;
+/// [`ServiceValue::flags`]: one of the node's own addresses, and nothing else of the value counts. A pod's packet to it may
+/// answer a process of the node that spoke to an external address.
+pub const SERVICE_IS_NODE: u32 = 1 << 2;
+/// [`ServiceValue::flags`]: every conversation has a session of its own, instead of every client.
+pub const SERVICE_BALANCE_FLOW: u32 = 1 << 3;
 
 /// Key of `backends`: one slot of one generation of a Service.
 #[repr(C)]
@@ -85,6 +98,54 @@ pub struct BackendKey {
 pub struct BackendValue {
     /// The pod's address.
     pub pod: Address,
+}
+
+/// Key of `pods`: the address of a pod that belongs to a Service.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PodKey {
+    /// The pod's address.
+    pub pod: Address,
+}
+
+/// Value of `pods`. Whatever else sends something is no pod, and its packet no reply.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PodValue {
+    /// The one external address that leads to the pod; all zero if there are several.
+    pub external: Address,
+    /// Bits of `SERVICE_*` of that external address.
+    pub flags: u32,
+    /// Always 0.
+    pub padding: u32,
+}
+
+/// What is looked up in `sources`, behind the number of its leading bits that count: an address that may send to a
+/// Service. All of the first two fields count, and of the address what the range says.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SourceKey {
+    /// As [`ServiceValue::service_id`].
+    pub service_id: u32,
+    /// As [`ServiceValue::source_generation`].
+    pub generation: u32,
+    /// The client's address, or the first of a range.
+    pub address: Address,
+}
+
+impl SourceKey {
+    /// How many leading bits of the key count for one address.
+    pub const BITS: u32 = 192;
+    /// How many of them come before the address.
+    pub const BITS_BEFORE_ADDRESS: u32 = Self::BITS - 128;
+}
+
+/// Value of `sources`: that the range may send.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SourceValue {
+    /// Always 0.
+    pub padding: u32,
 }
 
 /// Key of `members`: that a pod belongs to a Service.
@@ -135,7 +196,8 @@ pub struct NameValue {
     pub family: u32,
 }
 
-/// Key of `sessions`: a client of an external address, whatever its ports and protocols.
+/// Key of `sessions`: a client of an external address, whatever its ports and protocols; with [`SERVICE_BALANCE_FLOW`] one
+/// conversation of it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SessionKey {
@@ -143,6 +205,14 @@ pub struct SessionKey {
     pub external: Address,
     /// The client's address.
     pub peer: Address,
+    /// The external port in network order; of an ICMP query its identifier; 0 if the session is the client's.
+    pub external_port: u16,
+    /// The client's port in network order; of an ICMP query its identifier; 0 if the session is the client's.
+    pub peer_port: u16,
+    /// IP protocol number; 0 if the session is the client's.
+    pub protocol: u8,
+    /// Always 0.
+    pub padding: [u8; 3],
 }
 
 /// Value of `sessions`: the pod that a client stays on.
@@ -160,6 +230,26 @@ pub struct SessionValue {
     pub service_id: u32,
     /// The generation in which the pod was last known to belong to the Service.
     pub generation: u32,
+    /// The external port of the TCP connection that the client opened last, in network order; 0 if none. What the pod sends
+    /// of it is a reply, though its flow be gone.
+    pub tcp_port: u16,
+    /// The client's port of that connection, in network order.
+    pub tcp_peer_port: u16,
+    /// Always 0.
+    pub padding: u32,
+}
+
+impl SessionValue {
+    /// Whether the TCP connection that the client opened last is the one with this pod between these ports, the external one
+    /// first.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_of_connection(&self, pod: Address, (port, peer_port): (u16, u16)) -> bool {
+        self.tcp_port != 0
+            && self.tcp_port == port
+            && self.tcp_peer_port == peer_port
+            && self.pod.words() == pod.words()
+    }
 }
 
 /// Key of `flows`: what tells one conversation of a pod from another, seen from the pod.
@@ -203,6 +293,9 @@ pub struct FlowValue {
 /// [`FlowValue::delivery`]: through the node's stack; replies are rewritten at the egress of
 /// uplinks, and of pods' links for clients on the node.
 pub const DELIVERY_STACK: u8 = 1;
+/// [`FlowValue::delivery`]: from a process of the node itself, past the node's stack; replies are rewritten at the
+/// ingress of the pod's link.
+pub const DELIVERY_NODE: u8 = 2;
 
 /// [`FlowValue::tcp_state`]: the pod has answered.
 pub const TCP_REPLIED: u8 = 1 << 0;
@@ -231,12 +324,12 @@ pub struct FragmentKey {
     pub padding: [u8; 3],
 }
 
-/// Value of `fragments`: what the first fragment's source became.
+/// Value of `fragments`: what one address of the first fragment became: the destination of a request, the source of a reply.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FragmentValue {
-    /// The external address.
-    pub external: Address,
+    /// The pod's address, or the external one.
+    pub address: Address,
     /// When the first fragment passed.
     pub seen: u64,
 }
@@ -247,12 +340,16 @@ const _: () = {
     assert!(size_of::<ServiceValue>() == 24);
     assert!(size_of::<BackendKey>() == 12);
     assert!(size_of::<BackendValue>() == 16);
+    assert!(size_of::<PodKey>() == 16);
+    assert!(size_of::<PodValue>() == 24);
+    assert!(size_of::<SourceKey>() == 24 && SourceKey::BITS == 24 * 8);
+    assert!(size_of::<SourceValue>() == 4);
     assert!(size_of::<MemberKey>() == 24);
     assert!(size_of::<MemberValue>() == 8);
     assert!(size_of::<NameKey>() == 4);
     assert!(size_of::<NameValue>() == 132);
-    assert!(size_of::<SessionKey>() == 32);
-    assert!(size_of::<SessionValue>() == 48);
+    assert!(size_of::<SessionKey>() == 40);
+    assert!(size_of::<SessionValue>() == 56);
     assert!(size_of::<FlowKey>() == 40);
     assert!(size_of::<FlowValue>() == 32);
     assert!(size_of::<FragmentKey>() == 40);
@@ -275,6 +372,10 @@ mod pod {
         ServiceValue,
         BackendKey,
         BackendValue,
+        PodKey,
+        PodValue,
+        SourceKey,
+        SourceValue,
         MemberKey,
         MemberValue,
         NameKey,
@@ -285,5 +386,7 @@ mod pod {
         FlowValue,
         FragmentKey,
         FragmentValue,
+        DropEvent,
+        EventBudget,
     );
 }

@@ -77,6 +77,13 @@ pub const fn apply_as(zero_means_none: bool, field: u16, difference: u32) -> u16
     }
 }
 
+/// The checksum field over words of this sum (RFC 1071).
+#[inline(always)]
+#[must_use]
+pub const fn of_sum(sum: u64) -> u16 {
+    !fold_to_16(sum)
+}
+
 /// What a checksum gains when the 16-bit word `old` becomes `new`.
 #[inline(always)]
 #[must_use]

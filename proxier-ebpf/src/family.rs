@@ -239,6 +239,15 @@ pub struct V6Header {
 
 const _: () = assert!(size_of::<V6Header>() == V6_HEADER_LENGTH as usize);
 
+impl V6Header {
+    /// What follows: an extension header's number, or the protocol's.
+    #[inline(always)]
+    #[must_use]
+    pub const fn next_header(&self) -> u8 {
+        self.next_header
+    }
+}
+
 // SAFETY: byte arrays, without holes: 8 bytes, then two addresses aligned to 8.
 unsafe impl Plain for V6Header {}
 

@@ -9,7 +9,7 @@ use std::{
 
 use proxier_common::{
     Address, BackendKey, BackendValue, ExternalKey, FlowKey, FlowValue, FragmentKey, FragmentValue,
-    MemberKey, MemberValue, ServiceValue, SessionKey, SessionValue,
+    MemberKey, MemberValue, PodKey, PodValue, ServiceValue, SessionKey, SessionValue, SourceKey, Statistic,
 };
 
 use crate::{
@@ -127,6 +127,10 @@ pub struct HostTables {
     /// As the map of the same name.
     pub members: RefCell<HashMap<MemberKey, MemberValue>>,
     /// As the map of the same name.
+    pub pods: RefCell<HashMap<PodKey, PodValue>>,
+    /// As the map of the same name: keys, with how many of their leading bits count.
+    pub sources: RefCell<Vec<(u32, SourceKey)>>,
+    /// As the map of the same name.
     pub sessions: RefCell<HashMap<SessionKey, HostSession>>,
     /// As the map of the same name.
     pub flows: RefCell<HashMap<FlowKey, HostFlow>>,
@@ -134,6 +138,8 @@ pub struct HostTables {
     pub fragments: RefCell<HashMap<FragmentKey, FragmentValue>>,
     /// Look-ups since it was last set to 0. Inserting counts too.
     pub lookups: Cell<u32>,
+    /// As the map of the same name.
+    pub stats: RefCell<HashMap<Statistic, u64>>,
     /// Whether `flows` refuses new entries.
     pub flows_full: Cell<bool>,
 }
@@ -178,6 +184,10 @@ impl SessionEntry for HostSession {
     fn set_generation(&self, service_id: u32, generation: u32) {
         self.0.set(SessionValue { service_id, generation, ..self.0.get() });
     }
+
+    fn set_tcp_ports(&self, port: u16, peer_port: u16) {
+        self.0.set(SessionValue { tcp_port: port, tcp_peer_port: peer_port, ..self.0.get() });
+    }
 }
 
 impl Tables for HostTables {
@@ -201,6 +211,21 @@ impl Tables for HostTables {
     fn member(&self, key: &MemberKey) -> Option<MemberValue> {
         self.count_lookup();
         self.members.borrow().get(key).copied()
+    }
+
+    fn pod(&self, key: &PodKey) -> Option<PodValue> {
+        self.count_lookup();
+        self.pods.borrow().get(key).copied()
+    }
+
+    fn is_permitted(&self, key: &SourceKey) -> bool {
+        self.count_lookup();
+        self.sources.borrow().iter().any(|(bits, range)| {
+            let beyond = 128 - (bits - SourceKey::BITS_BEFORE_ADDRESS);
+            let number = |key: &SourceKey| u128::from_be_bytes(key.address.bytes).checked_shr(beyond);
+            (range.service_id, range.generation, number(range))
+                == (key.service_id, key.generation, number(key))
+        })
     }
 
     fn session(&self, key: &SessionKey) -> Option<HostSession> {
@@ -253,5 +278,9 @@ impl Tables for HostTables {
     fn remove_fragment(&self, key: &FragmentKey) {
         self.count_lookup();
         self.fragments.borrow_mut().remove(key);
+    }
+
+    fn count(&self, what: Statistic) {
+        *self.stats.borrow_mut().entry(what).or_default() += 1;
     }
 }

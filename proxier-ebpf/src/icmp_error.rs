@@ -11,7 +11,7 @@
 //! type 5) is dropped: its advice is about the way to the pod, and would be taken for one about the external
 //! address; netfilter's NAT drops it too.
 
-use proxier_common::{Address, DELIVERY_STACK, DropReason, FlowKey, SessionKey, protocol};
+use proxier_common::{Address, DropReason, ExternalKey, FlowKey, protocol};
 
 use crate::{
     checksum,
@@ -58,13 +58,14 @@ pub(crate) fn to_pod<F: Family, P: Packet, T: Tables>(
     if quote.source != external {
         return Verdict::Drop(DropReason::UnrelatedError);
     }
-    let Some(session) = tables.session(&SessionKey { external, peer }) else {
+    let session = tables
+        .service(&ExternalKey { external })
+        .and_then(|service| tables.session(&quote.transport.session_of_reply(external, peer, service.flags)));
+    let Some(session) = session else {
         return Verdict::Drop(DropReason::UnrelatedError);
     };
     let mut pod = session.value().pod;
-    if let Origin::Pod = origin
-        && pod == peer
-    {
+    if origin.is_local() && pod == peer && outer.source == pod {
         // The pod's own error about a packet that it sent to itself: both go back the way that packet came.
         let written = rewrite::exchange::<F, P>(packet, quote.offset, pod, external)
             .and_then(|()| rewrite::exchange::<F, P>(packet, offset, external, pod));
@@ -75,11 +76,11 @@ pub(crate) fn to_pod<F: Family, P: Packet, T: Tables>(
         return Verdict::Drop(DropReason::UnrelatedError);
     }
     let mut key = quote.transport.flow_of_reply(pod, peer);
-    if flow_external(tables, &key) != Some(external) {
+    if flow_external(tables, &key, origin.delivery()) != Some(external) {
         // The conversation may be one with the client's former pod.
         pod = session.value().former;
         key.pod = pod;
-        if flow_external(tables, &key) != Some(external) {
+        if flow_external(tables, &key, origin.delivery()) != Some(external) {
             return Verdict::Drop(DropReason::UnrelatedError);
         }
     }
@@ -97,7 +98,12 @@ pub(crate) fn to_pod<F: Family, P: Packet, T: Tables>(
 ///
 /// It leaves from the external address whoever made it, as with netfilter's NAT: to the client, nothing else is there.
 #[inline(never)]
-pub(crate) fn to_client<F: Family, P: Packet, T: Tables>(packet: &mut P, tables: &T, offset: u32) -> Verdict {
+pub(crate) fn to_client<F: Family, P: Packet, T: Tables>(
+    packet: &mut P,
+    tables: &T,
+    offset: u32,
+    delivery: u8,
+) -> Verdict {
     let Some(outer) = Outer::read::<F, P>(packet, offset) else {
         return Verdict::Next;
     };
@@ -109,7 +115,8 @@ pub(crate) fn to_client<F: Family, P: Packet, T: Tables>(packet: &mut P, tables:
         return Verdict::Next;
     }
     let (pod, peer) = (quote.destination, quote.source);
-    let Some(external) = flow_external(tables, &quote.transport.flow_of_request(pod, peer)) else {
+    let key = quote.transport.flow_of_request(pod, peer);
+    let Some(external) = flow_external(tables, &key, delivery) else {
         return Verdict::Next;
     };
     if outer.is_redirect::<F>() {
@@ -165,14 +172,14 @@ fn quote<F: Family, P: Packet>(packet: &P, outer: &Outer) -> Option<Quote> {
         return None;
     }
     let mut transport = Transport::EMPTY;
-    transport::read(packet, &payload, &mut transport).ok()?;
+    transport::read(packet, &payload, F::ICMP, &mut transport).ok()?;
     Some(Quote { offset, source: F::source(&header), destination: F::destination(&header), transport })
 }
 
 #[inline(always)]
-fn flow_external<T: Tables>(tables: &T, key: &FlowKey) -> Option<Address> {
+fn flow_external<T: Tables>(tables: &T, key: &FlowKey, delivery: u8) -> Option<Address> {
     let flow = tables.flow(key)?.value();
-    (flow.delivery == DELIVERY_STACK).then_some(flow.external)
+    (flow.delivery == delivery).then_some(flow.external)
 }
 
 /// The checksum in the quote, where there is one, and the message's own, which covers the quote.

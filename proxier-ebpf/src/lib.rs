@@ -16,6 +16,7 @@
 
 pub mod checksum;
 pub mod family;
+mod fragment;
 #[cfg(not(target_arch = "bpf"))]
 pub mod host;
 pub mod icmp_error;
@@ -29,7 +30,7 @@ pub mod verdict;
 
 pub use family::{Family, V4, V6};
 pub use packet::{NetworkHeader, Packet, Plain};
-pub use reply::reply;
+pub use reply::{error_reply, reply};
 pub use request::{Origin, request};
 pub use tables::{FlowEntry, InsertError, SessionEntry, Tables};
 pub use verdict::Verdict;

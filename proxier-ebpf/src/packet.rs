@@ -16,7 +16,10 @@ macro_rules! plain {
         unsafe impl Plain for $name {}
     )+};
 }
-plain!(u8, u16, [u8; 2], [u8; 4], [u8; 8]);
+plain!(u8, u16, [u16; 2], [u8; 2], [u8; 4], [u8; 8]);
+
+// SAFETY: 16 bytes, without holes.
+unsafe impl Plain for Address {}
 
 /// Where a packet's network header starts and what it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,16 +1,17 @@
 //! Requests: a packet from a client to an external address goes to a pod.
 
 use proxier_common::{
-    Address, BackendKey, DELIVERY_STACK, DropReason, ExternalKey, FlowKey, FlowValue, MEMBER_DRAINING,
-    MemberKey, SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND, ServiceValue, SessionKey, SessionValue,
+    Address, BackendKey, DELIVERY_NODE, DELIVERY_STACK, DropReason, ExternalKey, FlowKey, FlowValue,
+    MEMBER_DRAINING, MemberKey, PodKey, PodValue, SERVICE_BALANCE_FLOW, SERVICE_IS_NODE, SERVICE_IS_POD,
+    SERVICE_PASS_WITHOUT_BACKEND, ServiceValue, SessionKey, SessionValue, SourceKey, Statistic,
     TCP_ESTABLISHED, TCP_REPLIED, TCP_REQUEST_FIN, protocol,
     timeout::{self, SECOND},
 };
 
 use crate::{
-    family::{Family, Payload},
-    icmp_error,
-    packet::{NetworkHeader, Packet},
+    family::{Family, Fragment, Payload},
+    fragment, icmp_error,
+    packet::{NetworkHeader, Packet, WriteError},
     rewrite::{self, Replacement},
     tables::{FlowEntry, InsertError, SessionEntry, Tables},
     transport::{self, Kind, Transport, TransportError, tcp_flags},
@@ -25,9 +26,28 @@ pub enum Origin {
     Outside,
     /// From a pod on this node, by the pod's link.
     Pod,
+    /// From a process of the node itself, on its way out.
+    Node,
 }
 
-/// Decides about a packet that comes in, and rewrites it if it is for an external address.
+impl Origin {
+    /// How a request from there reaches the pod, and its reply the client.
+    #[inline(always)]
+    pub(crate) const fn delivery(self) -> u8 {
+        match self {
+            Self::Outside | Self::Pod => DELIVERY_STACK,
+            Self::Node => DELIVERY_NODE,
+        }
+    }
+
+    /// Whether the pod that a client is on may be the client itself.
+    #[inline(always)]
+    pub(crate) const fn is_local(self) -> bool {
+        matches!(self, Self::Pod | Self::Node)
+    }
+}
+
+/// Decides about a packet, and rewrites it if it is for an external address.
 #[inline(always)]
 pub fn request<P: Packet, T: Tables>(packet: &mut P, tables: &T, origin: Origin) -> Verdict {
     match packet.network_header() {
@@ -62,57 +82,92 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
     offset: u32,
     origin: Origin,
 ) -> Option<Verdict> {
-    let mut request = Request::within(packet.length());
-    match read::<F, P, T>(packet, tables, offset, &mut request) {
-        Read::External => {}
-        Read::NotOurs => return Some(Verdict::Next),
+    let mut request = Request::within(packet.length(), origin.delivery());
+    let unless_ours = match read::<F, P, T>(packet, tables, offset, &mut request) {
+        Read::External => None,
+        Read::NotOurs => Some(Verdict::Next),
         Read::Pod => {
             if !packet.is_rewritten() {
                 forget_flow(tables, &request);
             }
-            return Some(Verdict::Next);
+            Some(Verdict::Next)
         }
-        Read::Malformed => return Some(Verdict::Drop(DropReason::Malformed)),
-        Read::TinyFragment => return Some(Verdict::Drop(DropReason::TinyFragment)),
+        Read::Malformed => Some(Verdict::Drop(DropReason::Malformed)),
+        Read::TinyFragment => Some(Verdict::Drop(DropReason::TinyFragment)),
+    };
+    if let Some(Verdict::Next) = unless_ours
+        && let Origin::Pod = origin
+        && request.service.flags & SERVICE_IS_NODE != 0
+    {
+        return Some(Verdict::ToNode);
+    }
+    if unless_ours.is_some() {
+        return unless_ours;
     }
     match request.transport.kind {
-        Kind::NeighbourDiscovery => return Some(Verdict::Next),
+        Kind::NeighbourDiscovery | Kind::NeighbourRedirect => return Some(Verdict::Next),
         Kind::IcmpError => return None,
         _ => {}
     }
-    if request.peer == request.destination.external {
+    let (external, peer) = (request.destination.external, request.peer);
+    if peer == external {
         return Some(Verdict::Drop(DropReason::SpoofedSource));
+    }
+    if request.service.source_generation != 0 && !is_permitted(tables, &request) {
+        return Some(Verdict::Drop(DropReason::SourceNotAllowed));
     }
     request.now = tables.now();
     let mut placement = Placement { pod: Address::UNSPECIFIED, former: [Address::UNSPECIFIED; 2] };
-    place(tables, &request, &mut placement);
-    let external = request.destination.external;
-    if let Origin::Pod = origin
-        && placement.pod == request.peer
-    {
+    let is_later = matches!(request.payload.fragment, Fragment::Later);
+    if !(is_later && follow_first::<F, T>(tables, &request, &mut placement)) {
+        if is_later && request.service.flags & SERVICE_BALANCE_FLOW != 0 && request.service.backend_count > 1
+        {
+            return Some(Verdict::Drop(DropReason::FragmentWithoutFirst));
+        }
+        place(tables, &request, &mut placement);
+    }
+    let is_to_itself = origin.is_local() && placement.pod == peer;
+    if !is_to_itself {
+        match note_flow(tables, &request, &mut placement) {
+            Noted::Yes => {}
+            Noted::NoPod if request.service.backend_count != 0 => {
+                return Some(Verdict::Drop(DropReason::BackendMissing));
+            }
+            Noted::NoPod if request.service.flags & SERVICE_PASS_WITHOUT_BACKEND != 0 => {
+                return Some(Verdict::Next);
+            }
+            Noted::NoPod => return Some(Verdict::Drop(DropReason::NoBackend)),
+            Noted::Collision => return Some(Verdict::Drop(DropReason::FlowCollision)),
+            Noted::Full => return Some(Verdict::Drop(DropReason::FlowTableFull)),
+        }
+    }
+    if let Fragment::First = request.payload.fragment {
+        lead_rest::<F, T>(tables, &request, placement.pod);
+    }
+    if is_to_itself {
         // The pod speaks to itself. Left with its own address as source it would not believe the packet, and the reply
         // would never leave it. From the external address it does, and the reply is a packet of the same kind: no flow.
+        if request.service.flags & SERVICE_BALANCE_FLOW != 0 {
+            keep_answer_here(tables, &request);
+        }
         let written = rewrite::exchange::<F, P>(packet, offset, external, placement.pod);
         return Some(Verdict::of_write(written, Verdict::Hairpin));
     }
-    match note_flow(tables, &request, &mut placement) {
-        Noted::Yes => {}
-        Noted::NoPod if request.service.backend_count != 0 => {
-            return Some(Verdict::Drop(DropReason::BackendMissing));
-        }
-        Noted::NoPod if request.service.flags & SERVICE_PASS_WITHOUT_BACKEND != 0 => {
-            return Some(Verdict::Next);
-        }
-        Noted::NoPod => return Some(Verdict::Drop(DropReason::NoBackend)),
-        Noted::Collision => return Some(Verdict::Drop(DropReason::FlowCollision)),
-        Noted::Full => return Some(Verdict::Drop(DropReason::FlowTableFull)),
-    }
-    let replacement = Replacement { old: external, new: placement.pod, other: request.peer };
-    let Request { payload, transport, .. } = &request;
-    let place = (offset, F::DESTINATION);
-    let written = rewrite::address::<F, P>(packet, place, payload, transport, &replacement);
     packet.set_rewritten();
+    let written = deliver::<F, P>(packet, offset, &request, &placement);
     Some(Verdict::of_write(written, Verdict::Rewritten))
+}
+
+#[inline(never)]
+fn deliver<F: Family, P: Packet>(
+    packet: &mut P,
+    offset: u32,
+    request: &Request,
+    placement: &Placement,
+) -> Result<(), WriteError> {
+    let Request { destination: ExternalKey { external }, peer, payload, transport, .. } = request;
+    let replacement = Replacement { old: *external, new: placement.pod, other: *peer };
+    rewrite::address::<F, P>(packet, (offset, F::DESTINATION), payload, transport, &replacement)
 }
 
 /// A packet for an external address, or for a pod's own: who speaks to whom, what, and when.
@@ -124,12 +179,14 @@ struct Request {
     now: u64,
     payload: Payload,
     transport: Transport,
+    /// As [`FlowValue::delivery`].
+    delivery: u8,
 }
 
 impl Request {
-    /// To be filled in by [`read`], for a packet of this length.
+    /// To be filled in by [`read`], for a packet of this length that is delivered so.
     #[inline(always)]
-    const fn within(length: u32) -> Self {
+    const fn within(length: u32, delivery: u8) -> Self {
         Self {
             destination: ExternalKey { external: Address::UNSPECIFIED },
             peer: Address::UNSPECIFIED,
@@ -139,12 +196,18 @@ impl Request {
                 backend_count: 0,
                 affinity_timeout: 0,
                 flags: 0,
-                padding: 0,
+                source_generation: 0,
             },
             now: 0,
             payload: Payload::within(length, false),
             transport: Transport::EMPTY,
+            delivery,
         }
+    }
+
+    #[inline(always)]
+    const fn session_key(&self) -> SessionKey {
+        self.transport.session_of_request(self.destination.external, self.peer, self.service.flags)
     }
 }
 
@@ -176,11 +239,14 @@ fn read<F: Family, P: Packet, T: Tables>(packet: &P, tables: &T, offset: u32, re
         return Read::NotOurs;
     };
     request.service = service;
+    if service.flags & (SERVICE_IS_NODE | SERVICE_IS_POD) == SERVICE_IS_NODE {
+        return Read::NotOurs;
+    }
     let is_pod = service.flags & SERVICE_IS_POD != 0;
     if !F::payload(packet, offset, &header, &mut request.payload) {
         return if is_pod { Read::NotOurs } else { Read::Malformed };
     }
-    match transport::read(packet, &request.payload, &mut request.transport) {
+    match transport::read(packet, &request.payload, F::ICMP, &mut request.transport) {
         Ok(()) if is_pod => Read::Pod,
         Ok(()) => Read::External,
         Err(_) if is_pod => Read::NotOurs,
@@ -198,13 +264,58 @@ struct Placement {
     former: [Address; 2],
 }
 
+/// Whether the client's address is in one of the Service's source ranges.
+#[inline(never)]
+fn is_permitted<T: Tables>(tables: &T, request: &Request) -> bool {
+    let ServiceValue { service_id, source_generation: generation, .. } = request.service;
+    tables.is_permitted(&SourceKey { service_id, generation, address: request.peer })
+}
+
+/// Places a later fragment where the first one went. `false` if that has not come by.
+#[inline(never)]
+fn follow_first<F: Family, T: Tables>(tables: &T, request: &Request, placement: &mut Placement) -> bool {
+    let key = fragment::key::<F>(request.peer, request.destination.external, &request.payload);
+    fragment::find(tables, &key, &mut placement.pod)
+}
+
+/// Lets the rest of a fragmented packet follow to `pod`.
+#[inline(never)]
+fn lead_rest<F: Family, T: Tables>(tables: &T, request: &Request, pod: Address) {
+    let key = fragment::key::<F>(request.peer, request.destination.external, &request.payload);
+    fragment::remember(tables, &key, pod);
+}
+
+/// What answers a packet of a pod to itself has the ports the other way round. Where every conversation has a session of
+/// its own, that is another one, and it must not lead elsewhere.
+#[inline(never)]
+fn keep_answer_here<T: Tables>(tables: &T, request: &Request) {
+    let Request { destination: ExternalKey { external }, peer, transport, service, now, .. } = request;
+    let key = transport.session_of_reply(*external, *peer, service.flags);
+    let ServiceValue { service_id, generation, .. } = *service;
+    tables.put_session(
+        &key,
+        &SessionValue {
+            pod: *peer,
+            former: Address::UNSPECIFIED,
+            last_seen: *now,
+            service_id,
+            generation,
+            tcp_port: 0,
+            tcp_peer_port: 0,
+            padding: 0,
+        },
+    );
+}
+
 /// Finds the pod that the client is on, or chooses one.
 ///
 /// Not inlined, as [`note_flow`]: keys and values of both would not fit the kernel's stack side by side.
 #[inline(never)]
 fn place<T: Tables>(tables: &T, request: &Request, placement: &mut Placement) {
-    let Request { destination: ExternalKey { external }, peer, service, now, .. } = request;
-    let key = SessionKey { external: *external, peer: *peer };
+    let Request { service, transport, now, .. } = request;
+    let key = request.session_key();
+    let (tcp_port, tcp_peer_port) =
+        if transport.opens() { (transport.destination_port, transport.source_port) } else { (0, 0) };
     if let Some(entry) = tables.session(&key) {
         let session = entry.value();
         placement.former[0] = session.former;
@@ -216,6 +327,9 @@ fn place<T: Tables>(tables: &T, request: &Request, placement: &mut Placement) {
             if now.saturating_sub(session.last_seen) >= SECOND {
                 entry.set_last_seen(*now);
             }
+            if transport.opens() {
+                entry.set_tcp_ports(tcp_port, tcp_peer_port);
+            }
             return;
         }
         placement.former = [session.pod, session.former];
@@ -224,7 +338,7 @@ fn place<T: Tables>(tables: &T, request: &Request, placement: &mut Placement) {
     if backend_count == 0 {
         return;
     }
-    let slot = slot_of_client(*peer, *external, backend_count);
+    let slot = slot_of_session(&key, backend_count);
     let Some(backend) = tables.backend(&BackendKey { service_id, generation, slot }) else {
         return;
     };
@@ -240,6 +354,9 @@ fn place<T: Tables>(tables: &T, request: &Request, placement: &mut Placement) {
             last_seen: *now,
             service_id,
             generation,
+            tcp_port,
+            tcp_peer_port,
+            padding: 0,
         },
     );
 }
@@ -265,13 +382,15 @@ fn session_holds<T: Tables>(tables: &T, service: &ServiceValue, session: &Sessio
     }
 }
 
-/// Spreads clients over slots, the same way on every CPU, so that two first packets of a client agree.
+/// Spreads sessions over slots, the same way on every CPU, so that two first packets of a client agree.
 #[inline(always)]
-fn slot_of_client(peer: Address, external: Address, backend_count: u32) -> u32 {
-    let [high, low] = peer.words();
-    let [external_high, external_low] = external.words();
+fn slot_of_session(key: &SessionKey, backend_count: u32) -> u32 {
+    let [high, low] = key.peer.words();
+    let [external_high, external_low] = key.external.words();
+    let ports = u64::from(key.external_port) << 32 | u64::from(key.peer_port) << 8 | u64::from(key.protocol);
     // The finalizer of MurmurHash3, which spreads every input bit over all output bits.
-    let mut hash = high.rotate_left(32) ^ low ^ external_high.rotate_left(13) ^ external_low.rotate_left(47);
+    let mut hash =
+        high.rotate_left(32) ^ low ^ external_high.rotate_left(13) ^ external_low.rotate_left(47) ^ ports;
     hash = (hash ^ (hash >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
     hash = (hash ^ (hash >> 33)).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
     hash ^= hash >> 33;
@@ -315,7 +434,7 @@ fn note_flow<T: Tables>(tables: &T, request: &Request, placement: &mut Placement
         external: *external,
         last_seen: *now,
         service_id: request.service.service_id,
-        delivery: DELIVERY_STACK,
+        delivery: request.delivery,
         tcp_state: tcp_state_after(transport, 0),
         padding: 0,
     };
@@ -341,7 +460,10 @@ fn note_flow<T: Tables>(tables: &T, request: &Request, placement: &mut Placement
         return Noted::NoPod;
     }
     match tables.insert_flow(&key, &fresh) {
-        Ok(()) => Noted::Yes,
+        Ok(()) => {
+            tables.count(Statistic::FlowInserted);
+            Noted::Yes
+        }
         Err(InsertError::Full) => Noted::Full,
         // Another CPU inserted it in between, for the same client and port. Which external address has won?
         Err(InsertError::Exists) => match tables.flow(&key) {
@@ -427,8 +549,28 @@ fn forget_flow<T: Tables>(tables: &T, request: &Request) {
         let ends = !is_tcp
             || timeout::tcp_is_closed(flow.tcp_state)
             || timeout::flow_is_over(&key, &flow, tables.now());
-        if ends {
-            tables.remove_flow(&key);
+        if !ends {
+            return;
         }
+        tables.remove_flow(&key);
+        tables.count(Statistic::FlowForgotten);
+    }
+    if is_tcp {
+        forget_connection(tables, *pod, *peer, (transport.destination_port, transport.source_port));
+    }
+}
+
+/// The session must not take a connection of the same ports for the one that the client opened through the external
+/// address.
+#[inline(always)]
+fn forget_connection<T: Tables>(tables: &T, pod: Address, peer: Address, ports: (u16, u16)) {
+    let Some(PodValue { external, flags, .. }) = tables.pod(&PodKey { pod }) else {
+        return;
+    };
+    let key = transport::session_key(external, peer, protocol::TCP, ports, flags);
+    if let Some(session) = tables.session(&key)
+        && session.value().is_of_connection(pod, ports)
+    {
+        session.set_tcp_ports(0, 0);
     }
 }

@@ -2,7 +2,8 @@
 
 use proxier_common::{
     BackendKey, BackendValue, ExternalKey, FlowKey, FlowValue, FragmentKey, FragmentValue, MemberKey,
-    MemberValue, ServiceValue, SessionKey, SessionValue, timeout::SECOND,
+    MemberValue, PodKey, PodValue, ServiceValue, SessionKey, SessionValue, SourceKey, Statistic,
+    timeout::SECOND,
 };
 
 /// Why an entry could not be inserted.
@@ -44,6 +45,8 @@ pub trait SessionEntry {
     fn set_last_seen(&self, now: u64);
     /// Notes that the pod belongs to this Service in this generation too.
     fn set_generation(&self, service_id: u32, generation: u32);
+    /// Notes between which ports the client has opened a TCP connection; zeros for none.
+    fn set_tcp_ports(&self, port: u16, peer_port: u16);
 }
 
 /// The maps and the clock.
@@ -56,12 +59,16 @@ pub trait Tables {
     /// `CLOCK_MONOTONIC` in nanoseconds.
     fn now(&self) -> u64;
 
-    /// Looks up an external address, or a pod's own.
+    /// Looks up an external address, a pod's own, or the node's.
     fn service(&self, key: &ExternalKey) -> Option<ServiceValue>;
     /// Looks up a backend.
     fn backend(&self, key: &BackendKey) -> Option<BackendValue>;
     /// Looks up whether a pod belongs to a Service.
     fn member(&self, key: &MemberKey) -> Option<MemberValue>;
+    /// Looks up whether an address is that of a pod that belongs to a Service.
+    fn pod(&self, key: &PodKey) -> Option<PodValue>;
+    /// Whether a source range has the address that all bits of the key name.
+    fn is_permitted(&self, key: &SourceKey) -> bool;
 
     /// Looks up a client's session.
     fn session(&self, key: &SessionKey) -> Option<Self::Session>;
@@ -93,4 +100,7 @@ pub trait Tables {
     fn put_fragment(&self, key: &FragmentKey, value: &FragmentValue);
     /// Forgets what an earlier packet's first fragment decided, if anything.
     fn remove_fragment(&self, key: &FragmentKey);
+
+    /// Counts something that has happened.
+    fn count(&self, what: Statistic);
 }

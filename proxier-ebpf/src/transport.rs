@@ -1,7 +1,7 @@
 //! What the core needs from the transport header: which conversation the packet belongs to, and which checksum
 //! covers the addresses.
 
-use proxier_common::{Address, FlowKey, protocol};
+use proxier_common::{Address, FlowKey, SERVICE_BALANCE_FLOW, SessionKey, protocol};
 
 use crate::{
     family::{Fragment, Payload},
@@ -34,6 +34,8 @@ pub enum Kind {
     IcmpError,
     /// Neighbour discovery (RFC 4861): about this link, never to be rewritten.
     NeighbourDiscovery,
+    /// A redirect of neighbour discovery: advice about the way to an address.
+    NeighbourRedirect,
     /// Awaits no reply of its own: a later fragment, or an ICMP message that is neither query, answer nor error.
     Unpaired,
 }
@@ -107,6 +109,23 @@ impl Transport {
         }
     }
 
+    /// The key of the session that this belongs to as a request of `peer` to `external`, a Service with these flags
+    /// (`SERVICE_*`).
+    #[inline(always)]
+    #[must_use]
+    pub const fn session_of_request(&self, external: Address, peer: Address, flags: u32) -> SessionKey {
+        let ports = (self.destination_port, self.source_port);
+        session_key(external, peer, self.protocol, ports, flags)
+    }
+
+    /// The key of the session that this belongs to as a reply to `peer` from `external`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn session_of_reply(&self, external: Address, peer: Address, flags: u32) -> SessionKey {
+        let ports = (self.source_port, self.destination_port);
+        session_key(external, peer, self.protocol, ports, flags)
+    }
+
     /// To be filled in by [`read`].
     pub const EMPTY: Self = Self {
         checksum_offset: 0,
@@ -118,6 +137,23 @@ impl Transport {
         tcp_flags: 0,
         zero_means_none: false,
     };
+}
+
+/// The key of a session: of the client, or where [`SERVICE_BALANCE_FLOW`] is among the `flags`, of one conversation between
+/// these ports, the external one first.
+#[inline(always)]
+#[must_use]
+pub(crate) const fn session_key(
+    external: Address,
+    peer: Address,
+    protocol: u8,
+    (external_port, peer_port): (u16, u16),
+    flags: u32,
+) -> SessionKey {
+    if flags & SERVICE_BALANCE_FLOW == 0 {
+        return SessionKey { external, peer, external_port: 0, peer_port: 0, protocol: 0, padding: [0; 3] };
+    }
+    SessionKey { external, peer, external_port, peer_port, protocol, padding: [0; 3] }
 }
 
 /// How many bytes of a header must be there. A whole packet has a whole header; a first fragment may end early
@@ -132,7 +168,8 @@ struct Layout {
 /// How much of a transport header every ICMP error quotes (RFC 792).
 const QUOTED: u32 = 8;
 
-/// Reads the transport header that `payload` points at into `transport`. Of a quoted one, ports and identifier are
+/// Reads the transport header that `payload` points at into `transport`. `icmp` is [`Family::ICMP`](crate::Family::ICMP): the
+/// other family's ICMP is a protocol without ports and checksum as any unknown one. Of a quoted one, ports and identifier are
 /// enough; a checksum that is not all there counts as none.
 ///
 /// # Errors
@@ -142,6 +179,7 @@ const QUOTED: u32 = 8;
 pub fn read<P: Packet>(
     packet: &P,
     payload: &Payload,
+    icmp: u8,
     transport: &mut Transport,
 ) -> Result<(), TransportError> {
     *transport = Transport { protocol: payload.protocol, ..Transport::EMPTY };
@@ -157,6 +195,7 @@ pub fn read<P: Packet>(
         protocol::DCCP => Layout { whole: 12, first_fragment: 8, checksum: 6, zero_means_none: false },
         // CRC32c, which does not cover addresses (RFC 9260, section 6.8).
         protocol::SCTP => Layout { whole: 12, first_fragment: 4, checksum: 0, zero_means_none: false },
+        protocol::ICMP | protocol::ICMPV6 if payload.protocol != icmp => return Ok(()),
         // No pseudo-header (RFC 792).
         protocol::ICMP => Layout { whole: 8, first_fragment: 8, checksum: 0, zero_means_none: false },
         // A pseudo-header (RFC 4443, section 2.3).
@@ -211,7 +250,8 @@ const fn icmp_kind(protocol_number: u8, icmp_type: u8) -> (Kind, u8) {
             128 | 139 => (Kind::Query, icmp_type),
             129 | 140 => (Kind::Answer, icmp_type - 1),
             1..=127 => (Kind::IcmpError, 0),
-            133..=137 => (Kind::NeighbourDiscovery, 0),
+            133..=136 => (Kind::NeighbourDiscovery, 0),
+            137 => (Kind::NeighbourRedirect, 0),
             _ => (Kind::Unpaired, 0),
         }
     }

@@ -9,10 +9,13 @@ use crate::packet::WriteError;
 pub enum Verdict {
     /// Not ours, and untouched: whoever comes next decides.
     Next,
+    /// From a pod to the node itself, and untouched so far: it may answer a process of the node that spoke to an external
+    /// address ([`reply`](crate::reply()) for [`DELIVERY_NODE`](proxier_common::DELIVERY_NODE) tells).
+    ToNode,
     /// Rewritten; whoever comes next decides, on the new addresses.
     Rewritten,
-    /// Rewritten for the pod that sent it: it goes back through the link that it came in by, past the node's stack,
-    /// which would take a packet from and to the same pod for a mistake.
+    /// Rewritten for whoever sent it: it goes back through the link that it came by, past the node's stack, which
+    /// would take a packet from and to the same address for a mistake.
     Hairpin,
     /// To be dropped and counted.
     Drop(DropReason),

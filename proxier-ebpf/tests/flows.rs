@@ -13,7 +13,6 @@ use proxier_common::{
 use proxier_ebpf::{
     Verdict,
     host::{HostFlow, HostTables},
-    reply,
 };
 
 #[test]
@@ -349,6 +348,15 @@ fn two_first_packets_at_once_agree_on_the_flow() {
         }
         fn remove_flow(&self, key: &FlowKey) {
             self.tables.remove_flow(key);
+        }
+        fn pod(&self, key: &proxier_common::PodKey) -> Option<proxier_common::PodValue> {
+            self.tables.pod(key)
+        }
+        fn is_permitted(&self, key: &proxier_common::SourceKey) -> bool {
+            self.tables.is_permitted(key)
+        }
+        fn count(&self, what: proxier_common::Statistic) {
+            self.tables.count(what);
         }
         fn remove_fragment(&self, key: &proxier_common::FragmentKey) {
             self.tables.remove_fragment(key);

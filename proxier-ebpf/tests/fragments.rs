@@ -4,7 +4,7 @@ mod common;
 
 use common::*;
 use proxier_common::{DropReason, timeout::SECOND};
-use proxier_ebpf::{Verdict, host::HostPacket, reply};
+use proxier_ebpf::{Verdict, host::HostPacket};
 
 fn fragments(net: &Net, source: std::net::IpAddr, destination: std::net::IpAddr) -> [HostPacket; 3] {
     let _ = net;
@@ -93,4 +93,34 @@ fn an_ipv6_fragment_header_on_a_whole_packet_changes_nothing() {
     assert_eq!(request(&mut packet, &tables), Verdict::Rewritten);
     assert_checksums(&packet);
     assert_eq!(tables.flows.borrow().len(), 1);
+}
+
+/// A conversation that stays with the pod that its client was on before takes the rest of its packets along.
+#[test]
+fn later_fragments_follow_the_first_to_a_former_pod() {
+    for net in BOTH {
+        let tables = tables(&[net.external], &[net.pod]);
+        request(&mut plain(net.client, net.external, UDP, (40_000, 53)), &tables);
+        set_pods(&tables, &[net.external], &[net.other_pod], 2);
+        drain(&tables, net.pod);
+        let segment = seal(net.client, net.external, UDP, segment(UDP, (40_000, 53), &[7; 64]));
+        let part = |fragment, bytes: &[u8]| {
+            let network = Network { fragment: Some(fragment), ..Network::default() };
+            frame(&network, net.client, net.external, UDP, bytes)
+        };
+        let to_pod = |packet: &HostPacket| {
+            let pod = proxier_common::Address::from(net.pod).bytes;
+            let at = if net.icmp == ICMP { 30..34 } else { 38..54 };
+            packet.bytes[at.clone()] == pod[16 - at.len()..]
+        };
+        let mut first = part((0, true, 9), &segment[..40]);
+        assert_eq!(request(&mut first, &tables), Verdict::Rewritten);
+        let mut later = part((5, false, 9), &segment[40..]);
+        assert_eq!(request(&mut later, &tables), Verdict::Rewritten);
+        assert!(to_pod(&first) && to_pod(&later));
+        // Another packet's, of which no first fragment has come by: to the pod that the client is on now.
+        let mut other = part((5, false, 10), &segment[40..]);
+        assert_eq!(request(&mut other, &tables), Verdict::Rewritten);
+        assert!(!to_pod(&other));
+    }
 }

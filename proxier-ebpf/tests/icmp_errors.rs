@@ -6,7 +6,7 @@ mod common;
 use common::*;
 use proptest::prelude::*;
 use proxier_common::DropReason;
-use proxier_ebpf::{Verdict, host::HostTables, reply};
+use proxier_ebpf::{Verdict, host::HostTables};
 
 /// A conversation, and the packets of it as each side knows them.
 struct Talk {

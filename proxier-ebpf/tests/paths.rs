@@ -6,7 +6,7 @@ mod common;
 
 use common::*;
 use proxier_common::{DropReason, ExternalKey, SERVICE_PASS_WITHOUT_BACKEND};
-use proxier_ebpf::{Verdict, host::HostPacket, reply};
+use proxier_ebpf::{Verdict, host::HostPacket};
 
 #[test]
 fn a_request_reaches_the_pod_with_the_clients_own_address_and_its_reply_leaves_from_the_external_one() {
@@ -95,21 +95,30 @@ fn a_packet_for_another_address_costs_one_lookup_and_is_untouched() {
 }
 
 #[test]
-fn a_pods_own_connection_costs_one_lookup_and_is_untouched() {
+fn a_pods_own_connection_is_untouched_and_anybody_elses_packet_costs_one_lookup() {
     for net in BOTH {
         let tables = tables(&[net.external], &[net.pod]);
         request(&mut plain(net.client, net.external, TCP, (40_000, 443)), &tables);
         tables.lookups.set(0);
-        let original = plain(net.pod, net.client, TCP, (50_000, 443));
-        let mut packet = original.clone();
-        assert_eq!(reply(&mut packet, &tables), Verdict::Next);
-        assert_eq!(packet, original);
-        assert_eq!(tables.lookups.get(), 1);
+        let cases = [
+            (net.other_pod, TCP, 1, "pods"),
+            (net.pod, UDP, 2, "pods, flows"),
+            // Might be of a connection whose flow has been evicted.
+            (net.pod, TCP, 3, "pods, flows, sessions"),
+        ];
+        for (source, protocol, lookups, tables_asked) in cases {
+            tables.lookups.set(0);
+            let original = plain(source, net.client, protocol, (50_000, 443));
+            let mut packet = original.clone();
+            assert_eq!(reply(&mut packet, &tables), Verdict::Next);
+            assert_eq!(packet, original);
+            assert_eq!(tables.lookups.get(), lookups, "{tables_asked}");
+        }
     }
 }
 
 #[test]
-fn an_established_request_costs_three_lookups_and_its_reply_one() {
+fn an_established_request_costs_three_lookups_and_its_reply_two() {
     for net in BOTH {
         let tables = tables(&[net.external], &[net.pod, net.other_pod]);
         let mut first = plain(net.client, net.external, TCP, (40_000, 443));
@@ -120,7 +129,7 @@ fn an_established_request_costs_three_lookups_and_its_reply_one() {
         assert_eq!(tables.lookups.get(), 3, "services, sessions, flows");
         tables.lookups.set(0);
         reply(&mut plain(pod, net.client, TCP, (443, 40_000)), &tables);
-        assert_eq!(tables.lookups.get(), 1, "flows");
+        assert_eq!(tables.lookups.get(), 2, "pods, flows");
     }
 }
 
@@ -343,4 +352,23 @@ fn a_full_flow_table_drops_and_says_so() {
     tables.flows_full.set(true);
     let mut packet = plain(V4.client, V4.external, UDP, (1, 2));
     assert_eq!(request(&mut packet, &tables), Verdict::Drop(DropReason::FlowTableFull));
+}
+
+/// ICMP in IPv6 and ICMPv6 in IPv4 are protocols as any that is not known: nothing in them says what an error is, and no
+/// pseudo-header is covered.
+#[test]
+fn the_other_familys_icmp_is_a_protocol_without_ports() {
+    for (net, other) in [(V4, ICMPV6), (V6, ICMP)] {
+        for icmp_type in 0..=255 {
+            let tables = tables(&[net.external], &[net.pod]);
+            let segment = [icmp_type, 0, 0xab, 0xcd, 0, 7, 0, 1, 2, 3, 4, 5];
+            let of = |source, destination| frame(&Network::default(), source, destination, other, &segment);
+            let mut packet = of(net.client, net.external);
+            assert_eq!(request(&mut packet, &tables), Verdict::Rewritten, "type {icmp_type}");
+            assert_eq!(packet, of(net.client, net.pod));
+            let mut answer = of(net.pod, net.client);
+            assert_eq!(reply(&mut answer, &tables), Verdict::Rewritten, "type {icmp_type}");
+            assert_eq!(answer, of(net.external, net.client));
+        }
+    }
 }

@@ -3,7 +3,7 @@
 mod common;
 
 use common::*;
-use proxier_ebpf::{Verdict, reply};
+use proxier_ebpf::Verdict;
 
 #[test]
 fn a_pod_reaches_another_through_the_external_address() {

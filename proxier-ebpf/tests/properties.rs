@@ -5,7 +5,7 @@ mod common;
 
 use common::*;
 use proptest::prelude::*;
-use proxier_ebpf::{Verdict, host::HostPacket, reply};
+use proxier_ebpf::{Verdict, host::HostPacket};
 
 fn any_network() -> impl Strategy<Value = Network> {
     let extension = prop_oneof![
@@ -142,7 +142,7 @@ proptest! {
         let mut packet = original.clone();
         match request(&mut packet, &tables) {
             Verdict::Next | Verdict::Drop(_) => prop_assert_eq!(&packet, &original),
-            Verdict::Hairpin => prop_assert!(false, "only a pod's packet goes back"),
+            Verdict::Hairpin | Verdict::ToNode => prop_assert!(false, "only for a pod's packet"),
             Verdict::Rewritten => {
                 prop_assert_eq!(packet.bytes.len(), original.bytes.len());
                 let at = if net.icmp == ICMP { 30..34 } else { 38..54 };

@@ -5,8 +5,7 @@ mod common;
 use std::rc::Rc;
 
 use common::*;
-use proxier_common::{Address, SessionKey, timeout::SECOND};
-use proxier_ebpf::reply;
+use proxier_common::{Address, timeout::SECOND};
 
 #[test]
 fn a_client_stays_on_its_pod_across_ports_and_protocols() {
@@ -80,7 +79,7 @@ fn a_session_ends_when_the_client_was_silent_for_too_long() {
     let tables = tables(&[V4.external], &[V4.pod]);
     pod_of(&tables, &V4, V4.client, UDP, 1);
     // The pod is alone no more; only who has to choose anew may land on the other.
-    let key = SessionKey { external: V4.external.into(), peer: V4.client.into() };
+    let key = session_of_client(&V4);
     let session = tables.sessions.borrow()[&key].clone();
     let timeout = u64::from(AFFINITY_TIMEOUT) * SECOND;
     tables.now.set(tables.now.get() + timeout);
@@ -95,7 +94,7 @@ fn a_session_ends_when_the_client_was_silent_for_too_long() {
 fn an_address_that_changes_hands_takes_no_clients_along() {
     let tables = tables(&[V4.external], &[V4.pod]);
     pod_of(&tables, &V4, V4.client, UDP, 1);
-    let key = SessionKey { external: V4.external.into(), peer: V4.client.into() };
+    let key = session_of_client(&V4);
     let session = tables.sessions.borrow()[&key].clone();
     session.0.set(proxier_common::SessionValue {
         service_id: 99,
@@ -109,7 +108,7 @@ fn an_address_that_changes_hands_takes_no_clients_along() {
 fn last_seen_is_written_at_most_once_a_second() {
     let tables = tables(&[V4.external], &[V4.pod]);
     let start = tables.now.get();
-    let key = SessionKey { external: V4.external.into(), peer: V4.client.into() };
+    let key = session_of_client(&V4);
     pod_of(&tables, &V4, V4.client, UDP, 1);
     for (after, written) in [(SECOND - 1, start), (SECOND, start + SECOND)] {
         tables.now.set(start + after);

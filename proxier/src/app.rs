@@ -1,7 +1,7 @@
 //! Composition root: which source feeds which sink, and when. Holds the catalog, works out the desired state at every
 //! change, hands it to the sink, tries again what failed, and ends on a signal without undoing anything.
 
-use std::{collections::BTreeSet, future::Future, net::IpAddr, time::Duration};
+use std::{future::Future, time::Duration};
 
 use anyhow::{Context as _, bail};
 use tokio::{
@@ -12,7 +12,7 @@ use tokio::{
 
 use crate::{
     catalog::Catalog,
-    desired::{self, Desired, Settings},
+    desired::{self, Desired, LocalAddresses, Settings},
     model::{ObjectId, Problem, Subject},
     observe::{changes, report},
     sink::{Sink, Snapshot, json},
@@ -24,8 +24,9 @@ mod addresses;
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(60);
 const TICK: Duration = Duration::from_secs(1);
-/// How soon a new address of an interface is noticed. A Service seldom claims an address that a node gets later.
-const ADDRESS_REFRESH: Duration = Duration::from_secs(30);
+/// How soon a new address of an interface is noticed: until then a process of the node that speaks from it to an external
+/// address gets no answer.
+const ADDRESS_REFRESH: Duration = Duration::from_secs(5);
 
 /// When to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,11 +37,11 @@ pub enum Until {
     FirstApply,
 }
 
-/// Whose addresses no Service may have, beside those that objects speak of.
+/// Whose addresses [`Settings::local_addresses`] are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LocalAddresses {
+pub enum Machine {
     /// Those of the machine that this process runs on: its kernel is what the sink programs.
-    OfThisNode,
+    ThisNode,
     /// Nobody's.
     Any,
 }
@@ -86,17 +87,17 @@ pub async fn run(
     sink: &mut dyn Sink,
     settings: Settings,
     until: Until,
-    local_addresses: LocalAddresses,
+    machine: Machine,
     shutdown: Shutdown,
 ) -> anyhow::Result<()> {
     let mut agent = Agent::new(sink, settings);
-    if local_addresses == LocalAddresses::OfThisNode {
+    if machine == Machine::ThisNode {
         agent.watch_addresses(addresses::of_this_node)?;
     }
     agent.run(batches, until, shutdown.signalled()).await
 }
 
-type AddressReader<'a> = Box<dyn FnMut() -> anyhow::Result<BTreeSet<IpAddr>> + Send + 'a>;
+type AddressReader<'a> = Box<dyn FnMut() -> anyhow::Result<LocalAddresses> + Send + 'a>;
 
 /// A failed attempt, and when the next one is due.
 #[derive(Clone, Copy, Debug)]
@@ -150,7 +151,7 @@ impl<'a> Agent<'a> {
     /// Has `read` tell [`Settings::local_addresses`], now and from time to time.
     fn watch_addresses(
         &mut self,
-        mut read: impl FnMut() -> anyhow::Result<BTreeSet<IpAddr>> + Send + 'a,
+        mut read: impl FnMut() -> anyhow::Result<LocalAddresses> + Send + 'a,
     ) -> anyhow::Result<()> {
         self.settings.local_addresses = read()?;
         self.addresses_due = Instant::now() + ADDRESS_REFRESH;
@@ -304,8 +305,9 @@ fn exists(catalog: &Catalog, subject: &Subject) -> bool {
 #[cfg(test)]
 mod tests {
     use std::{
-        collections::VecDeque,
+        collections::{BTreeSet, VecDeque},
         future::pending,
+        net::IpAddr,
         sync::{Arc, Mutex},
     };
 
@@ -506,6 +508,10 @@ mod tests {
         }
     }
 
+    fn only(address: IpAddr) -> LocalAddresses {
+        LocalAddresses { identities: BTreeSet::from([address]), ..LocalAddresses::default() }
+    }
+
     /// An agent on a node whose interfaces have, at each reading, the next of `readings`, and the last one for ever.
     async fn run_on_addresses(
         recorder: &Recorder,
@@ -521,7 +527,7 @@ mod tests {
                 let reading =
                     if readings.len() > 1 { readings.pop_front() } else { readings.front().copied() };
                 let address = reading.flatten().context("no addresses")?;
-                Ok(BTreeSet::from([address.parse().unwrap()]))
+                Ok(only(address.parse().unwrap()))
             })
             .unwrap();
         let shutdown = async {
@@ -536,7 +542,7 @@ mod tests {
     async fn an_address_that_this_node_gets_is_taken_from_its_service_and_given_back_when_it_goes() {
         let (other, webs) = (Some("192.168.1.1"), Some("10.0.0.55"));
         let applied = run_on_addresses(&Recorder::default(), [other, webs, webs, other].into(), 1000).await;
-        assert_eq!(applied, [(0, 1, true), (30, 0, true), (90, 1, true)]);
+        assert_eq!(applied, [(0, 1, true), (5, 0, true), (15, 1, true)]);
     }
 
     #[tokio::test(start_paused = true)]
@@ -556,7 +562,7 @@ mod tests {
         agent
             .watch_addresses(|| {
                 number += 1;
-                Ok(BTreeSet::from([IpAddr::from([10, 0, 1, number])]))
+                Ok(only(IpAddr::from([10, 0, 1, number])))
             })
             .unwrap();
         let shutdown = async {

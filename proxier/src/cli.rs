@@ -17,7 +17,7 @@ use clap::{
 use ipnet::IpNet;
 
 use crate::{
-    app::{self, LocalAddresses, Shutdown, Until},
+    app::{self, Machine, Shutdown, Until},
     desired::{NoBackend, Settings},
     model::NodeName,
     observe::{
@@ -287,7 +287,11 @@ fn file(arguments: FileArgs) -> anyhow::Result<()> {
     let directory = Directory::open(arguments.input, arguments.service_proxy_name)?;
     match arguments.sink {
         SinkCommand::ToBpf(sink) => runtime.block_on(async {
-            let settings = Settings { no_backend: sink.no_backend, ..settings(node, sink.externals) };
+            let settings = Settings {
+                no_backend: sink.no_backend,
+                node_clients: !sink.no_local_clients,
+                ..settings(node, sink.externals)
+            };
             let options = bpf::Options {
                 uplinks: sink.uplinks,
                 pin_path: sink.pin.pin_path,
@@ -300,7 +304,7 @@ fn file(arguments: FileArgs) -> anyhow::Result<()> {
                 &mut bpf,
                 settings,
                 Until::Signalled,
-                LocalAddresses::OfThisNode,
+                Machine::ThisNode,
                 shutdown,
             )
             .await
@@ -311,7 +315,7 @@ fn file(arguments: FileArgs) -> anyhow::Result<()> {
             let mut json = JsonSink::new(Box::new(io::stdout()), node, sink.pretty);
             let until = if sink.once { Until::FirstApply } else { Until::Signalled };
             // The lines may be read anywhere, so what this host's interfaces have does not matter.
-            app::run(file::spawn(directory)?, &mut json, settings, until, LocalAddresses::Any, shutdown).await
+            app::run(file::spawn(directory)?, &mut json, settings, until, Machine::Any, shutdown).await
         }),
     }
 }

@@ -7,7 +7,8 @@
 //! and the ordinary path runs.
 //!
 //! Packets flow while a plan is carried out, so the order within a Service matters:
-//! 1. external addresses that nobody is to have are withdrawn, and the Service's name and its pods' own addresses noted;
+//! 1. external addresses that nobody is to have are withdrawn, and the Service's name, its pods and their own addresses
+//!    noted: what a pod sends is a reply only while `pods` has it;
 //! 2. the next generation of `backends` is written beside the one in force;
 //! 3. `members` is brought up to date: a session is checked against it only once its generation has passed;
 //! 4. one write of `services` per address switches to the new generation.
@@ -23,13 +24,17 @@ use std::{
 
 use proxier_common::{
     Address, BackendKey, BackendValue, ExternalKey, MAX_NAME, MEMBER_DRAINING, MemberKey, MemberValue,
-    NameValue, SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND, ServiceValue,
+    NameValue, PodKey, PodValue, SERVICE_IS_NODE, SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND, ServiceValue,
 };
 
 use crate::{
     desired::{Desired, DesiredService, NoBackend, ServiceKey},
     model::{Family, ObjectName},
 };
+
+mod pods;
+
+use self::pods::{Leads, Paths};
 
 /// The tables that only user space writes, as they are.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -40,6 +45,8 @@ pub struct Actual {
     pub backends: BTreeMap<BackendKey, BackendValue>,
     /// The map `members`.
     pub members: BTreeMap<MemberKey, MemberValue>,
+    /// The map `pods`.
+    pub pods: BTreeMap<PodKey, PodValue>,
     /// The map `names`.
     pub names: BTreeMap<u32, NameValue>,
 }
@@ -55,9 +62,13 @@ pub enum Step {
     PutMember(MemberKey, MemberValue),
     /// Ends that.
     RemoveMember(MemberKey),
-    /// Puts a generation in force for an external address.
+    /// Says that an address is a pod's, and which external address leads to it.
+    PutPod(PodKey, PodValue),
+    /// Ends that.
+    RemovePod(PodKey),
+    /// Puts a generation in force for an external address; or says that an address is a pod's own, or the node's.
     PutService(ExternalKey, ServiceValue),
-    /// Lets go of an external address.
+    /// Lets go of an address.
     RemoveService(ExternalKey),
     /// Waits until every packet is done that the kernel programs were at work on.
     Grace,
@@ -74,6 +85,8 @@ pub enum Step {
 /// task does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Task {
+    /// Note the node's own addresses.
+    Node,
     /// Make the Service of this id as desired.
     Update(u32),
     /// Remove the Service of this id.
@@ -90,6 +103,10 @@ pub struct Plan<'a> {
     wanted: BTreeMap<u32, (&'a ServiceKey, &'a DesiredService)>,
     /// Addresses that some Service is to have.
     owned: BTreeSet<ExternalKey>,
+    /// The node's own addresses, but those that some Service is to have.
+    node: BTreeSet<ExternalKey>,
+    /// All that can lead to each pod before, between and after the steps.
+    leads: BTreeMap<Address, Leads>,
     tasks: Vec<Task>,
 }
 
@@ -108,6 +125,12 @@ impl Actual {
             }
             Step::RemoveMember(key) => {
                 self.members.remove(&key);
+            }
+            Step::PutPod(key, value) => {
+                self.pods.insert(key, value);
+            }
+            Step::RemovePod(key) => {
+                self.pods.remove(&key);
             }
             Step::PutService(key, value) => {
                 self.services.insert(key, value);
@@ -131,7 +154,7 @@ impl Actual {
     pub fn keeps(&self, pod: Address, external: Address) -> bool {
         self.services.get(&ExternalKey { external }).is_some_and(|service| {
             let key = MemberKey { pod, service_id: service.service_id, padding: 0 };
-            service.flags & SERVICE_IS_POD == 0 && self.members.contains_key(&key)
+            service.service_id != NO_SERVICE && self.members.contains_key(&key)
         })
     }
 
@@ -139,7 +162,13 @@ impl Actual {
     #[must_use]
     pub fn in_force(&self) -> Desired {
         let mut desired = Desired::default();
-        for (external, value) in self.services.iter().filter(|(_, value)| value.service_id != POD_ID) {
+        for (external, value) in &self.services {
+            if value.flags & SERVICE_IS_NODE != 0 {
+                desired.node_addresses.insert(external.external.to_ip());
+            }
+            if value.service_id == NO_SERVICE {
+                continue;
+            }
             let Some(key) = self.names.get(&value.service_id).and_then(decode_name) else {
                 continue;
             };
@@ -176,23 +205,25 @@ impl Actual {
             .chain(self.services.values().map(|value| value.service_id))
             .chain(self.backends.keys().map(|key| key.service_id))
             .chain(self.members.keys().map(|key| key.service_id))
-            .filter(|id| *id != POD_ID)
+            .filter(|id| *id != NO_SERVICE)
             .collect()
     }
 }
 
-/// The entries of pods' own addresses in `services` belong to no Service.
-const POD_ID: u32 = 0;
+/// The entries of pods' own addresses and of the node's in `services` belong to no Service.
+const NO_SERVICE: u32 = 0;
 
-/// What `services` says of a pod's own address.
-const POD: ServiceValue = ServiceValue {
-    service_id: POD_ID,
-    generation: 0,
-    backend_count: 0,
-    affinity_timeout: 0,
-    flags: SERVICE_IS_POD,
-    padding: 0,
-};
+/// What `services` says of an address that is nobody's external one: `flags` tell whose it is.
+const fn own_address(flags: u32) -> ServiceValue {
+    ServiceValue {
+        service_id: NO_SERVICE,
+        generation: 0,
+        backend_count: 0,
+        affinity_timeout: 0,
+        flags,
+        source_generation: 0,
+    }
+}
 
 /// The form in which `names` keeps a Service.
 #[must_use]
@@ -245,13 +276,13 @@ impl<'a> Plan<'a> {
             owners.extend(service.externals.iter().map(|external| (external_key(*external), *id)));
         }
         let removed = ids.used.iter().filter(|id| !wanted.contains_key(id)).copied();
-        let mut tasks: Vec<Task> =
-            wanted.keys().copied().map(Task::Update).chain(removed.map(Task::Remove)).collect();
+        let mut tasks = vec![Task::Node];
+        tasks.extend(wanted.keys().copied().map(Task::Update).chain(removed.map(Task::Remove)));
         let leaves = |member: &MemberKey| {
             wanted.get(&member.service_id).is_none_or(|(_, service)| !service.has(member.pod.to_ip()))
         };
         let handed_over = |(external, value): (&ExternalKey, &ServiceValue)| {
-            value.service_id != POD_ID && owners.get(external) != Some(&value.service_id)
+            value.service_id != NO_SERVICE && owners.get(external) != Some(&value.service_id)
         };
         tasks.push(Task::Retire);
         if sweep_due
@@ -261,7 +292,19 @@ impl<'a> Plan<'a> {
         {
             tasks.push(Task::Sweep);
         }
-        Self { wanted, owned: owners.into_keys().collect(), tasks }
+        let owned: BTreeSet<ExternalKey> = owners.into_keys().collect();
+        let node = desired
+            .node_addresses
+            .iter()
+            .copied()
+            .map(external_key)
+            .filter(|key| !owned.contains(key))
+            .collect();
+        let mut paths = Paths::in_force(actual);
+        for (id, (_, service)) in &wanted {
+            paths.add(*id, service);
+        }
+        Self { wanted, owned, node, leads: paths.leads(), tasks }
     }
 
     /// What to do, in this order.
@@ -274,16 +317,17 @@ impl<'a> Plan<'a> {
     #[must_use]
     pub fn steps(&self, task: Task, actual: &Actual) -> Vec<Step> {
         match task {
+            Task::Node => self.own_addresses(self.node.iter().map(|key| key.external), actual),
             Task::Update(id) => match self.wanted.get(&id) {
                 Some((key, service)) => {
                     let (held, going) =
                         held_by(id, actual).partition(|external| self.owned.contains(external));
-                    update(id, key, service, held, going, actual)
+                    self.update(id, key, service, held, going, actual)
                 }
                 None => Vec::new(),
             },
             Task::Remove(id) => removal(id, actual),
-            Task::Retire => retirement(actual),
+            Task::Retire => self.retirement(actual),
             Task::Sweep => {
                 let free = actual
                     .ids()
@@ -294,10 +338,141 @@ impl<'a> Plan<'a> {
         }
     }
 
+    /// The steps that make Service `id` as desired.
+    ///
+    /// `held` are the addresses that lead to it now and that it or another Service is to have. All are led to the new
+    /// generation: the other Service takes its own over with one write, and until then, or should that fail, they lead to
+    /// pods that are there. `going` are those that nobody is to have.
+    fn update(
+        &self,
+        id: u32,
+        key: &ServiceKey,
+        service: &DesiredService,
+        held: BTreeSet<ExternalKey>,
+        going: BTreeSet<ExternalKey>,
+        actual: &Actual,
+    ) -> Vec<Step> {
+        let mut steps: Vec<Step> = going.into_iter().map(Step::RemoveService).collect();
+        let name = encode_name(key);
+        if actual.names.get(&id) != Some(&name) {
+            steps.push(Step::PutName(id, name));
+        }
+        let pods: BTreeSet<Address> = service.pods.iter().map(|pod| Address::from(*pod)).collect();
+        let draining =
+            service.draining.iter().map(|pod| Address::from(*pod)).filter(|pod| !pods.contains(pod));
+        let wanted: BTreeMap<Address, u32> =
+            pods.iter().map(|pod| (*pod, 0)).chain(draining.map(|pod| (pod, MEMBER_DRAINING))).collect();
+        let members: BTreeMap<Address, MemberValue> = actual
+            .members
+            .iter()
+            .filter(|(key, _)| key.service_id == id)
+            .map(|(key, value)| (key.pod, *value))
+            .collect();
+        let (generation, is_new) = generation_for(id, &pods, &members, actual);
+        steps.extend(
+            wanted
+                .keys()
+                .map(|pod| (PodKey { pod: *pod }, self.leads.get(pod).copied().unwrap_or_default().value()))
+                .filter(|(key, value)| actual.pods.get(key) != Some(value))
+                .map(|(key, value)| Step::PutPod(key, value)),
+        );
+        steps.extend(self.own_addresses(wanted.keys().copied(), actual));
+        if is_new {
+            steps.extend(slots(&pods).map(|(slot, pod)| {
+                Step::PutBackend(BackendKey { service_id: id, generation, slot }, BackendValue { pod })
+            }));
+        }
+        let member_key = |pod: &Address| MemberKey { pod: *pod, service_id: id, padding: 0 };
+        for (pod, flags) in &wanted {
+            // Who has been there all along stays as old as he was.
+            let since_generation = members.get(pod).map_or(generation, |member| member.since_generation);
+            let value = MemberValue { since_generation, flags: *flags };
+            if members.get(pod) != Some(&value) {
+                steps.push(Step::PutMember(member_key(pod), value));
+            }
+        }
+        steps.extend(
+            members
+                .keys()
+                .filter(|pod| !wanted.contains_key(pod))
+                .map(|pod| Step::RemoveMember(member_key(pod))),
+        );
+        let value = ServiceValue {
+            service_id: id,
+            generation,
+            backend_count: u32::try_from(pods.len()).unwrap_or(u32::MAX),
+            affinity_timeout: service.affinity_timeout,
+            flags: match service.no_backend {
+                NoBackend::Drop => 0,
+                NoBackend::Pass => SERVICE_PASS_WITHOUT_BACKEND,
+            },
+            source_generation: 0,
+        };
+        let mut externals: BTreeSet<ExternalKey> =
+            service.externals.iter().copied().map(external_key).collect();
+        if is_new {
+            externals.extend(held);
+        }
+        steps.extend(
+            externals
+                .into_iter()
+                .filter(|key| actual.services.get(key) != Some(&value))
+                .map(|key| Step::PutService(key, value)),
+        );
+        steps
+    }
+
+    /// Says of each of these addresses that nobody's Service has that it is a pod's, the node's, or both.
+    fn own_addresses(&self, addresses: impl IntoIterator<Item = Address>, actual: &Actual) -> Vec<Step> {
+        addresses
+            .into_iter()
+            .map(|external| ExternalKey { external })
+            .filter(|key| !self.owned.contains(key))
+            .map(|key| {
+                let is_pod = self.leads.contains_key(&key.external);
+                let node = if self.node.contains(&key) { SERVICE_IS_NODE } else { 0 };
+                (key, own_address(node | if is_pod { SERVICE_IS_POD } else { 0 }))
+            })
+            .filter(|(key, value)| actual.services.get(key) != Some(value))
+            .map(|(key, value)| Step::PutService(key, value))
+            .collect()
+    }
+
+    /// Backends that no address leads to, pods that belong to no Service, and addresses that are nobody's any more. Of the
+    /// pods that stay, what leads to them now.
+    fn retirement(&self, actual: &Actual) -> Vec<Step> {
+        let in_force: BTreeSet<(u32, u32)> =
+            actual.services.values().map(|value| (value.service_id, value.generation)).collect();
+        let leads = Paths::in_force(actual).leads();
+        let backends = actual
+            .backends
+            .keys()
+            .filter(|key| !in_force.contains(&(key.service_id, key.generation)))
+            .map(|key| Step::RemoveBackend(*key));
+        let pods = actual.pods.iter().filter_map(|(key, value)| match leads.get(&key.pod) {
+            Some(leads) if leads.value() == *value => None,
+            Some(leads) => Some(Step::PutPod(*key, leads.value())),
+            None => Some(Step::RemovePod(*key)),
+        });
+        let addresses = actual.services.iter().filter(|(_, value)| value.service_id == NO_SERVICE);
+        let addresses = addresses.filter_map(|(key, value)| {
+            let node = if self.node.contains(key) { SERVICE_IS_NODE } else { 0 };
+            let pod = if leads.contains_key(&key.external) { SERVICE_IS_POD } else { 0 };
+            match node | pod {
+                0 => Some(Step::RemoveService(*key)),
+                flags if flags == value.flags => None,
+                flags => Some(Step::PutService(*key, own_address(flags))),
+            }
+        });
+        let retired: Vec<Step> = backends.chain(pods).chain(addresses).collect();
+        if retired.is_empty() { retired } else { [Step::Grace].into_iter().chain(retired).collect() }
+    }
+
     /// What `task` is about, for people.
     #[must_use]
     pub fn subject(&self, task: Task, actual: &Actual) -> String {
         let id = match task {
+            Task::Node => return "the node's own addresses".to_owned(),
             Task::Retire => return "what nothing leads to any more".to_owned(),
             Task::Sweep => return "flows and sessions of what went".to_owned(),
             Task::Update(id) | Task::Remove(id) => id,
@@ -350,25 +525,6 @@ fn is_gone(id: u32, actual: &Actual) -> bool {
     removal(id, actual).is_empty() && actual.backends.range(all_backends_of(id)).next().is_none()
 }
 
-/// Backends that no address leads to, and addresses of pods that belong to no Service.
-fn retirement(actual: &Actual) -> Vec<Step> {
-    let in_force: BTreeSet<(u32, u32)> =
-        actual.services.values().map(|value| (value.service_id, value.generation)).collect();
-    let pods: BTreeSet<Address> = actual.members.keys().map(|key| key.pod).collect();
-    let backends = actual
-        .backends
-        .keys()
-        .filter(|key| !in_force.contains(&(key.service_id, key.generation)))
-        .map(|key| Step::RemoveBackend(*key));
-    let addresses = actual
-        .services
-        .iter()
-        .filter(|(key, value)| value.service_id == POD_ID && !pods.contains(&key.external))
-        .map(|(key, _)| Step::RemoveService(*key));
-    let retired: Vec<Step> = backends.chain(addresses).collect();
-    if retired.is_empty() { retired } else { [Step::Grace].into_iter().chain(retired).collect() }
-}
-
 /// The addresses that lead to Service `id` now.
 fn held_by(id: u32, actual: &Actual) -> impl Iterator<Item = ExternalKey> {
     actual.services.iter().filter(move |(_, value)| value.service_id == id).map(|(external, _)| *external)
@@ -380,83 +536,6 @@ fn all_backends_of(id: u32) -> std::ops::RangeInclusive<BackendKey> {
         generation: u32::MAX,
         slot: u32::MAX,
     }
-}
-
-/// The steps that make Service `id` as desired.
-///
-/// `held` are the addresses that lead to it now and that it or another Service is to have. All are led to the new
-/// generation: the other Service takes its own over with one write, and until then, or should that fail, they lead to
-/// pods that are there. `going` are those that nobody is to have.
-fn update(
-    id: u32,
-    key: &ServiceKey,
-    service: &DesiredService,
-    held: BTreeSet<ExternalKey>,
-    going: BTreeSet<ExternalKey>,
-    actual: &Actual,
-) -> Vec<Step> {
-    let mut steps: Vec<Step> = going.into_iter().map(Step::RemoveService).collect();
-    let name = encode_name(key);
-    if actual.names.get(&id) != Some(&name) {
-        steps.push(Step::PutName(id, name));
-    }
-    let pods: BTreeSet<Address> = service.pods.iter().map(|pod| Address::from(*pod)).collect();
-    let draining = service.draining.iter().map(|pod| Address::from(*pod)).filter(|pod| !pods.contains(pod));
-    let wanted: BTreeMap<Address, u32> =
-        pods.iter().map(|pod| (*pod, 0)).chain(draining.map(|pod| (pod, MEMBER_DRAINING))).collect();
-    let members: BTreeMap<Address, MemberValue> = actual
-        .members
-        .iter()
-        .filter(|(key, _)| key.service_id == id)
-        .map(|(key, value)| (key.pod, *value))
-        .collect();
-    let (generation, is_new) = generation_for(id, &pods, &members, actual);
-    steps.extend(
-        wanted
-            .keys()
-            .map(|pod| ExternalKey { external: *pod })
-            .filter(|key| actual.services.get(key) != Some(&POD))
-            .map(|key| Step::PutService(key, POD)),
-    );
-    if is_new {
-        steps.extend(slots(&pods).map(|(slot, pod)| {
-            Step::PutBackend(BackendKey { service_id: id, generation, slot }, BackendValue { pod })
-        }));
-    }
-    let member_key = |pod: &Address| MemberKey { pod: *pod, service_id: id, padding: 0 };
-    for (pod, flags) in &wanted {
-        // Who has been there all along stays as old as he was.
-        let since_generation = members.get(pod).map_or(generation, |member| member.since_generation);
-        let value = MemberValue { since_generation, flags: *flags };
-        if members.get(pod) != Some(&value) {
-            steps.push(Step::PutMember(member_key(pod), value));
-        }
-    }
-    steps.extend(
-        members.keys().filter(|pod| !wanted.contains_key(pod)).map(|pod| Step::RemoveMember(member_key(pod))),
-    );
-    let value = ServiceValue {
-        service_id: id,
-        generation,
-        backend_count: u32::try_from(pods.len()).unwrap_or(u32::MAX),
-        affinity_timeout: service.affinity_timeout,
-        flags: match service.no_backend {
-            NoBackend::Drop => 0,
-            NoBackend::Pass => SERVICE_PASS_WITHOUT_BACKEND,
-        },
-        padding: 0,
-    };
-    let mut externals: BTreeSet<ExternalKey> = service.externals.iter().copied().map(external_key).collect();
-    if is_new {
-        externals.extend(held);
-    }
-    steps.extend(
-        externals
-            .into_iter()
-            .filter(|key| actual.services.get(key) != Some(&value))
-            .map(|key| Step::PutService(key, value)),
-    );
-    steps
 }
 
 fn slots(pods: &BTreeSet<Address>) -> impl Iterator<Item = (u32, Address)> {
@@ -491,336 +570,4 @@ fn generation_for(
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn key(name: &str, family: Family) -> ServiceKey {
-        ServiceKey { service: ObjectName { namespace: "default".into(), name: name.into() }, family }
-    }
-
-    fn service(externals: &[&str], pods: &[&str]) -> DesiredService {
-        let addresses = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
-        DesiredService {
-            externals: addresses(externals),
-            pods: addresses(pods),
-            draining: BTreeSet::new(),
-            affinity_timeout: 10_800,
-            no_backend: NoBackend::Drop,
-        }
-    }
-
-    fn desired<const N: usize>(services: [(ServiceKey, DesiredService); N]) -> Desired {
-        Desired { services: services.into() }
-    }
-
-    fn address(text: &str) -> Address {
-        text.parse::<IpAddr>().unwrap().into()
-    }
-
-    fn id_of(actual: &Actual, external: &str) -> u32 {
-        actual.services[&external_key(external.parse().unwrap())].service_id
-    }
-
-    /// Every address in force leads to backends that are there.
-    fn assert_consistent(actual: &Actual) {
-        for (key, service) in &actual.services {
-            for slot in 0..service.backend_count {
-                let backend =
-                    BackendKey { service_id: service.service_id, generation: service.generation, slot };
-                assert!(actual.backends.contains_key(&backend), "{} lacks {backend:?}", key.external);
-            }
-        }
-    }
-
-    /// Every step, carried out as it comes.
-    fn steps(desired: &Desired, actual: &Actual) -> Vec<Step> {
-        let mut actual = actual.clone();
-        let plan = Plan::new(desired, &actual, false);
-        let mut all = Vec::new();
-        for task in plan.tasks() {
-            for step in plan.steps(*task, &actual) {
-                actual.apply(&step);
-                all.push(step);
-            }
-        }
-        all
-    }
-
-    fn carry_out(desired: &Desired, actual: &mut Actual) {
-        for step in steps(desired, actual) {
-            actual.apply(&step);
-            assert_consistent(actual);
-        }
-        assert_eq!(steps(desired, actual), [], "a plan carried out leaves nothing to do");
-    }
-
-    /// What packets would see: per external address its Service and its pods.
-    fn in_force(actual: &Actual) -> BTreeMap<IpAddr, (ServiceKey, BTreeSet<IpAddr>, u32)> {
-        actual
-            .services
-            .iter()
-            .filter(|(_, value)| value.service_id != POD_ID)
-            .map(|(key, value)| {
-                let pods = (0..value.backend_count)
-                    .map(|slot| BackendKey {
-                        service_id: value.service_id,
-                        generation: value.generation,
-                        slot,
-                    })
-                    .map(|key| actual.backends[&key].pod.to_ip())
-                    .collect();
-                let name = decode_name(&actual.names[&value.service_id]).unwrap();
-                (key.external.to_ip(), (name, pods, value.affinity_timeout))
-            })
-            .collect()
-    }
-
-    fn wanted(desired: &Desired) -> BTreeMap<IpAddr, (ServiceKey, BTreeSet<IpAddr>, u32)> {
-        desired
-            .services
-            .iter()
-            .flat_map(|(key, service)| {
-                service.externals.iter().map(move |external| {
-                    (*external, (key.clone(), service.pods.clone(), service.affinity_timeout))
-                })
-            })
-            .collect()
-    }
-
-    #[test]
-    fn backends_are_written_before_the_address_that_leads_to_them() {
-        let desired = desired([(key("a", Family::V4), service(&["10.0.0.1"], &["11.0.0.1", "11.0.0.2"]))]);
-        let kinds: Vec<&str> = steps(&desired, &Actual::default())
-            .iter()
-            .map(|step| match step {
-                Step::PutName(..) => "name",
-                Step::PutBackend(..) => "backend",
-                Step::PutMember(..) => "member",
-                Step::PutService(..) => "service",
-                _ => "other",
-            })
-            .collect();
-        assert_eq!(
-            kinds,
-            ["name", "service", "service", "backend", "backend", "member", "member", "service"],
-            "the first two services are the pods' own addresses"
-        );
-    }
-
-    #[test]
-    fn nothing_changed_means_nothing_to_do_also_after_a_restart() {
-        let desired = desired([
-            (key("a", Family::V4), service(&["10.0.0.1"], &["11.0.0.1"])),
-            (key("a", Family::V6), service(&["1000::1"], &[])),
-        ]);
-        let mut actual = Actual::default();
-        carry_out(&desired, &mut actual);
-        let read_back = actual.clone();
-        assert_eq!(steps(&desired, &read_back), []);
-    }
-
-    #[test]
-    fn what_is_in_force_can_be_read_back() {
-        let draining = |mut service: DesiredService| {
-            service.draining.insert("11.0.0.9".parse().unwrap());
-            service
-        };
-        let desired = desired([
-            (key("a", Family::V4), draining(service(&["10.0.0.1", "10.0.0.2"], &["11.0.0.1"]))),
-            (key("a", Family::V6), service(&["1000::1"], &[])),
-        ]);
-        let mut actual = Actual::default();
-        carry_out(&desired, &mut actual);
-        assert_eq!(actual.in_force(), desired);
-    }
-
-    #[test]
-    fn a_pod_that_goes_takes_a_new_generation_and_a_sweep() {
-        let before = desired([(key("a", Family::V4), service(&["10.0.0.1"], &["11.0.0.1", "11.0.0.2"]))]);
-        let after = desired([(key("a", Family::V4), service(&["10.0.0.1"], &["11.0.0.2"]))]);
-        let mut actual = Actual::default();
-        carry_out(&before, &mut actual);
-        let steps = steps(&after, &actual);
-        let at = |wanted: fn(&Step) -> bool| steps.iter().position(wanted).unwrap();
-        let leaves = at(|step| matches!(step, Step::RemoveMember(key) if key.pod == address("11.0.0.1")));
-        let switch = at(|step| matches!(step, Step::PutService(..)));
-        let grace = at(|step| matches!(step, Step::Grace));
-        let old = at(|step| matches!(step, Step::RemoveBackend(..)));
-        let sweep = at(|step| matches!(step, Step::Sweep));
-        assert!(leaves < switch && switch < grace && grace < old && old < sweep, "{steps:?}");
-        carry_out(&after, &mut actual);
-        let stays = MemberKey { pod: address("11.0.0.2"), service_id: 1, padding: 0 };
-        assert_eq!(actual.members[&stays].since_generation, 1, "who stays has been there all along");
-    }
-
-    #[test]
-    fn a_pod_that_comes_back_is_a_new_member() {
-        let with = desired([(key("a", Family::V4), service(&["10.0.0.1"], &["11.0.0.1"]))]);
-        let without = desired([(key("a", Family::V4), service(&["10.0.0.1"], &[]))]);
-        let mut actual = Actual::default();
-        for desired in [&with, &without, &with] {
-            carry_out(desired, &mut actual);
-        }
-        let member = MemberKey { pod: address("11.0.0.1"), service_id: 1, padding: 0 };
-        assert_eq!(actual.members[&member].since_generation, 3);
-    }
-
-    #[test]
-    fn a_pod_that_drains_keeps_its_conversations_and_one_that_is_gone_does_not() {
-        let states = [
-            (vec!["11.0.0.1", "11.0.0.2"], vec![]),
-            (vec!["11.0.0.2"], vec!["11.0.0.1"]),
-            (vec!["11.0.0.2"], vec![]),
-        ];
-        let mut actual = Actual::default();
-        let mut kept = Vec::new();
-        for (pods, draining) in states {
-            let draining = draining.into_iter().map(|pod| pod.parse().unwrap()).collect();
-            let service = DesiredService { draining, ..service(&["10.0.0.1"], &pods) };
-            carry_out(&desired([(key("a", Family::V4), service)]), &mut actual);
-            kept.push(actual.keeps(address("11.0.0.1"), address("10.0.0.1")));
-        }
-        assert_eq!(kept, [true, true, false]);
-        let gone = external_key("11.0.0.1".parse().unwrap());
-        assert!(!actual.services.contains_key(&gone), "nor is its address known as a pod's");
-    }
-
-    #[test]
-    fn a_conversation_outlives_the_service_that_it_began_with_if_pod_and_address_stay() {
-        let a = desired([(key("a", Family::V4), service(&["10.0.0.1"], &["11.0.0.1"]))]);
-        let b = desired([(key("b", Family::V4), service(&["10.0.0.1"], &["11.0.0.1"]))]);
-        let mut actual = Actual::default();
-        carry_out(&a, &mut actual);
-        carry_out(&b, &mut actual);
-        assert!(actual.keeps(address("11.0.0.1"), address("10.0.0.1")));
-        assert!(
-            !actual.keeps(address("11.0.0.1"), address("11.0.0.1")),
-            "a pod's own address is no external one"
-        );
-    }
-
-    #[test]
-    fn an_id_is_free_only_after_the_sweep() {
-        let a = desired([(key("a", Family::V4), service(&["10.0.0.1"], &["11.0.0.1"]))]);
-        let b = desired([(key("b", Family::V4), service(&["10.0.0.1"], &["11.0.0.1"]))]);
-        let mut actual = Actual::default();
-        carry_out(&a, &mut actual);
-        carry_out(&b, &mut actual);
-        assert_eq!(id_of(&actual, "10.0.0.1"), 2, "1 was still in use");
-        carry_out(&a, &mut actual);
-        assert_eq!(id_of(&actual, "10.0.0.1"), 1, "1 is free again");
-    }
-
-    #[test]
-    fn an_address_changes_hands_in_one_write() {
-        let a = (key("a", Family::V4), service(&["10.0.0.1", "10.0.0.2"], &["11.0.0.1"]));
-        let mut actual = Actual::default();
-        carry_out(&desired([a]), &mut actual);
-        let after = desired([
-            (key("a", Family::V4), service(&["10.0.0.2"], &["11.0.0.1"])),
-            (key("b", Family::V4), service(&["10.0.0.1"], &["11.0.0.2"])),
-        ]);
-        let steps = steps(&after, &actual);
-        assert!(
-            !steps.contains(&Step::RemoveService(external_key("10.0.0.1".parse().unwrap()))),
-            "{steps:?}"
-        );
-        assert!(steps.contains(&Step::Sweep), "{steps:?}");
-        carry_out(&after, &mut actual);
-        assert_eq!(in_force(&actual), wanted(&after));
-    }
-
-    #[test]
-    fn three_hundred_pods_are_as_good_as_three() {
-        let pods: Vec<String> = (0..300).map(|n| format!("11.0.{}.{}", n / 250, n % 250 + 1)).collect();
-        let pods: Vec<&str> = pods.iter().map(String::as_str).collect();
-        let desired = desired([(key("a", Family::V4), service(&["10.0.0.1"], &pods))]);
-        let mut actual = Actual::default();
-        carry_out(&desired, &mut actual);
-        let key = external_key("10.0.0.1".parse().unwrap());
-        assert_eq!(actual.services[&key].backend_count, 300);
-        assert_eq!(in_force(&actual), wanted(&desired));
-    }
-
-    #[test]
-    fn names_survive_the_round_trip() {
-        for family in [Family::V4, Family::V6] {
-            let key = key("kpng-example", family);
-            assert_eq!(decode_name(&encode_name(&key)), Some(key));
-        }
-    }
-
-    /// Any few Services, addresses and pods; an address has one owner, as `desired` sees to.
-    fn any_desired() -> impl Strategy<Value = Desired> {
-        let owner = prop::option::of(0..4_usize);
-        let pods = (prop::collection::btree_set(1..6_u8, 0..4), prop::collection::btree_set(1..6_u8, 0..2));
-        (prop::collection::vec(owner, 5), prop::collection::vec((pods, 1..3_u32), 4)).prop_map(
-            |(owners, services)| {
-                let mut desired = Desired::default();
-                for (index, ((pods, draining), timeout)) in services.into_iter().enumerate() {
-                    let externals: BTreeSet<IpAddr> = (1..)
-                        .zip(&owners)
-                        .filter(|(_, owner)| **owner == Some(index))
-                        .map(|(n, _): (u8, _)| IpAddr::from([10, 0, 0, n]))
-                        .collect();
-                    if externals.is_empty() {
-                        continue;
-                    }
-                    desired.services.insert(
-                        key(&format!("s{index}"), Family::V4),
-                        DesiredService {
-                            externals,
-                            pods: pods.into_iter().map(|n| IpAddr::from([11, 0, 0, n])).collect(),
-                            draining: draining.into_iter().map(|n| IpAddr::from([11, 0, 0, n])).collect(),
-                            affinity_timeout: timeout,
-                            no_backend: NoBackend::Drop,
-                        },
-                    );
-                }
-                desired
-            },
-        )
-    }
-
-    proptest! {
-        /// Writes fail at random; the rest of their task is left out, as the sink does. At no moment does an address
-        /// lead to a backend that is not there, and once writes work again the tables are as desired.
-        #[test]
-        fn any_change_under_failing_writes_converges(
-            states in prop::collection::vec(any_desired(), 1..6),
-            failures in prop::collection::vec(prop::bool::weighted(0.1), 200),
-        ) {
-            let mut actual = Actual::default();
-            let mut failures = failures.into_iter().cycle();
-            for desired in &states {
-                let plan = Plan::new(desired, &actual, false);
-                for task in plan.tasks() {
-                    for step in plan.steps(*task, &actual) {
-                        if failures.next() == Some(true) {
-                            break;
-                        }
-                        actual.apply(&step);
-                        assert_consistent(&actual);
-                    }
-                }
-            }
-            let last = states.last().unwrap();
-            carry_out(last, &mut actual);
-            prop_assert_eq!(in_force(&actual), wanted(last));
-            let members: BTreeSet<(ServiceKey, IpAddr)> = actual
-                .members
-                .keys()
-                .map(|key| (decode_name(&actual.names[&key.service_id]).unwrap(), key.pod.to_ip()))
-                .collect();
-            let expected = last.services.iter().flat_map(|(key, service)| {
-                service.pods.union(&service.draining).map(|pod| (key.clone(), *pod))
-            });
-            prop_assert_eq!(&members, &expected.collect());
-            let pods: BTreeSet<IpAddr> = members.into_iter().map(|(_, pod)| pod).collect();
-            let known = actual.services.iter().filter(|(_, value)| value.service_id == POD_ID);
-            prop_assert_eq!(pods, known.map(|(key, _)| key.external.to_ip()).collect());
-        }
-    }
-}
+mod tests;

@@ -26,8 +26,9 @@ use aya::{
 use common::*;
 use proptest::prelude::*;
 use proxier_common::{
-    BackendKey, BackendValue, DropReason, ExternalKey, FlowKey, FlowValue, FragmentKey, FragmentValue, Hook,
-    MemberKey, MemberValue, SERVICE_PASS_WITHOUT_BACKEND, ServiceValue, SessionKey, SessionValue,
+    BackendKey, BackendValue, DELIVERY_STACK, DropReason, ExternalKey, FlowKey, FlowValue, FragmentKey,
+    FragmentValue, Hook, MemberKey, MemberValue, PodKey, PodValue, SERVICE_PASS_WITHOUT_BACKEND,
+    ServiceValue, SessionKey, SessionValue,
 };
 use proxier_ebpf::{
     Origin, Verdict,
@@ -71,6 +72,7 @@ struct Kernel {
     services: HashMap<MapData, ExternalKey, ServiceValue>,
     backends: HashMap<MapData, BackendKey, BackendValue>,
     members: HashMap<MapData, MemberKey, MemberValue>,
+    pods: HashMap<MapData, PodKey, PodValue>,
     sessions: HashMap<MapData, SessionKey, SessionValue>,
     flows: HashMap<MapData, FlowKey, FlowValue>,
     fragments: HashMap<MapData, FragmentKey, FragmentValue>,
@@ -95,6 +97,7 @@ impl Kernel {
             services: table(&mut ebpf, "services"),
             backends: table(&mut ebpf, "backends"),
             members: table(&mut ebpf, "members"),
+            pods: table(&mut ebpf, "pods"),
             sessions: table(&mut ebpf, "sessions"),
             flows: table(&mut ebpf, "flows"),
             fragments: table(&mut ebpf, "fragments"),
@@ -123,6 +126,7 @@ impl Kernel {
         same(&mut self.services, tables.services.borrow().iter().map(|(key, value)| (*key, *value)));
         same(&mut self.backends, tables.backends.borrow().iter().map(|(key, value)| (*key, *value)));
         same(&mut self.members, tables.members.borrow().iter().map(|(key, value)| (*key, *value)));
+        same(&mut self.pods, tables.pods.borrow().iter().map(|(key, value)| (*key, *value)));
         same(&mut self.sessions, std::iter::empty());
         same(&mut self.flows, std::iter::empty());
         same(&mut self.fragments, std::iter::empty());
@@ -132,6 +136,9 @@ impl Kernel {
         const BPF_PROG_TEST_RUN: libc::c_int = 10;
         let program: &SchedClassifier = self.ebpf.program(program).unwrap().try_into().unwrap();
         let mut out = vec![0; packet.bytes.len() + 64];
+        // `struct __sk_buff` up to `ingress_ifindex`, here the loopback interface: a packet that the node forwards.
+        let mut context = [0_u32; 10];
+        context[9] = 1;
         let mut attr = TestRun {
             prog_fd: program.fd().unwrap().as_fd().as_raw_fd().try_into().unwrap(),
             data_in: packet.bytes.as_ptr() as u64,
@@ -141,6 +148,8 @@ impl Kernel {
             // Once: a second run would be fed with what the first one wrote.
             repeat: 1,
             flags,
+            ctx_in: context.as_ptr() as u64,
+            ctx_size_in: size_of_val(&context).try_into().unwrap(),
             ..TestRun::default()
         };
         // SAFETY: the attributes are laid out as the kernel expects, and its pointers cover live buffers of the sizes
@@ -169,7 +178,7 @@ fn with_kernel<R>(test: impl FnOnce(&mut Kernel) -> R) -> R {
 
 fn code(verdict: Verdict) -> i32 {
     match verdict {
-        Verdict::Next | Verdict::Rewritten => TCX_NEXT,
+        Verdict::Next | Verdict::ToNode | Verdict::Rewritten => TCX_NEXT,
         Verdict::Hairpin => TC_ACT_REDIRECT,
         Verdict::Drop(_) => TC_ACT_SHOT,
     }
@@ -182,7 +191,7 @@ fn both(kernel: &Kernel, tables: &HostTables, program: &str, packet: &HostPacket
     let verdict = match program {
         "proxier_request" => proxier_ebpf::request(&mut expected, tables, Origin::Outside),
         "proxier_pod_in" => proxier_ebpf::request(&mut expected, tables, Origin::Pod),
-        _ => proxier_ebpf::reply(&mut expected, tables),
+        _ => proxier_ebpf::reply(&mut expected, tables, DELIVERY_STACK),
     };
     if verdict == Verdict::Hairpin {
         // Back through the same link: the adapter, which the host has none of, exchanges the two MAC addresses.

@@ -7,14 +7,15 @@ use core::{
 
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_F_NO_PREALLOC, BPF_NOEXIST},
-    btf_maps::{HashMap, LruHashMap, PerCpuArray},
+    btf_maps::{HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, lpm_trie::Key},
     helpers::bpf_ktime_get_ns,
     macros::btf_map,
 };
 use proxier_common::{
-    BackendKey, BackendValue, DROP_COUNTERS, ExternalKey, FlowKey, FlowValue, FragmentKey, FragmentValue,
-    MAX_BACKENDS, MAX_FLOWS, MAX_FRAGMENTS, MAX_SERVICES, MAX_SESSIONS, MemberKey, MemberValue, NameKey,
-    NameValue, ServiceValue, SessionKey, SessionValue,
+    BackendKey, BackendValue, DROP_COUNTERS, DropEvent, EVENT_BYTES, EventBudget, ExternalKey, FlowKey,
+    FlowValue, FragmentKey, FragmentValue, MAX_BACKENDS, MAX_FLOWS, MAX_FRAGMENTS, MAX_SERVICES,
+    MAX_SESSIONS, MAX_SOURCES, MemberKey, MemberValue, NameKey, NameValue, PodKey, PodValue, STATISTICS,
+    ServiceValue, SessionKey, SessionValue, SourceKey, SourceValue, Statistic,
 };
 use proxier_ebpf::tables::{FlowEntry, InsertError, SessionEntry, Tables};
 
@@ -29,6 +30,12 @@ static BACKENDS: HashMap<BackendKey, BackendValue, { MAX_BACKENDS as usize }, NO
 
 #[btf_map(name = "members")]
 static MEMBERS: HashMap<MemberKey, MemberValue, { MAX_BACKENDS as usize }, NO_PREALLOC> = HashMap::new();
+
+#[btf_map(name = "pods")]
+static PODS: HashMap<PodKey, PodValue, { MAX_SERVICES as usize }, NO_PREALLOC> = HashMap::new();
+
+#[btf_map(name = "sources")]
+static SOURCES: LpmTrie<SourceKey, SourceValue, { MAX_SOURCES as usize }, NO_PREALLOC> = LpmTrie::new();
 
 /// Read by user space only.
 #[btf_map(name = "names")]
@@ -45,6 +52,31 @@ static FRAGMENTS: LruHashMap<FragmentKey, FragmentValue, { MAX_FRAGMENTS as usiz
 
 #[btf_map(name = "drops")]
 static DROPS: PerCpuArray<u64, { DROP_COUNTERS as usize }> = PerCpuArray::new();
+
+#[btf_map(name = "stats")]
+static STATS: PerCpuArray<u64, { STATISTICS as usize }> = PerCpuArray::new();
+
+/// Written here, read by the agent.
+#[btf_map(name = "events")]
+static EVENTS: RingBuf<DropEvent, { EVENT_BYTES as usize }> = RingBuf::new();
+
+/// What each CPU may still report.
+#[btf_map(name = "event_budgets")]
+static EVENT_BUDGETS: PerCpuArray<EventBudget, { DROP_COUNTERS as usize }> = PerCpuArray::new();
+
+/// Whether a packet that `counter` has counted may be reported; if so, how many have not been since the last one.
+#[inline(always)]
+pub(super) fn take_event_budget(counter: u32, now: u64) -> Option<u32> {
+    let budget = EVENT_BUDGETS.get_ptr_mut(counter)?;
+    // SAFETY: as in `count_drop`.
+    unsafe { (*budget).take(now) }
+}
+
+/// Reports a packet dropped. If nobody reads, or not fast enough, the buffer is full and this one is not reported.
+#[inline(always)]
+pub(super) fn report(event: &DropEvent) {
+    let _ = EVENTS.output(event, 0);
+}
 
 /// Counts a packet dropped.
 #[inline(always)]
@@ -109,8 +141,8 @@ impl FlowEntry for KernelFlow {
 impl SessionEntry for KernelSession {
     #[inline(always)]
     fn value(&self) -> SessionValue {
-        // SAFETY: both types have 48 bytes, and any bytes make a value of plain integers.
-        unsafe { mem::transmute::<[u64; 6], SessionValue>(self.words()) }
+        // SAFETY: both types have 56 bytes, and any bytes make a value of plain integers.
+        unsafe { mem::transmute::<[u64; 7], SessionValue>(self.words()) }
     }
 
     #[inline(always)]
@@ -122,6 +154,15 @@ impl SessionEntry for KernelSession {
     fn set_generation(&self, service_id: u32, generation: u32) {
         self.write(offset_of!(SessionValue, service_id), service_id);
         self.write(offset_of!(SessionValue, generation), generation);
+    }
+
+    #[inline(always)]
+    fn set_tcp_ports(&self, port: u16, peer_port: u16) {
+        const { assert!(offset_of!(SessionValue, tcp_peer_port) == offset_of!(SessionValue, tcp_port) + 2) };
+        // In one write: nobody sees the port of one connection beside that of another.
+        let [port, peer_port] = [port.to_ne_bytes(), peer_port.to_ne_bytes()];
+        let both = u32::from_ne_bytes([port[0], port[1], peer_port[0], peer_port[1]]);
+        self.write(offset_of!(SessionValue, tcp_port), both);
     }
 }
 
@@ -151,6 +192,17 @@ impl Tables for KernelTables {
     fn member(&self, key: &MemberKey) -> Option<MemberValue> {
         // SAFETY: as in `service`.
         unsafe { MEMBERS.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn pod(&self, key: &PodKey) -> Option<PodValue> {
+        // SAFETY: as in `service`.
+        unsafe { PODS.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn is_permitted(&self, key: &SourceKey) -> bool {
+        SOURCES.get(&Key::new(SourceKey::BITS, *key)).is_some()
     }
 
     #[inline(always)]
@@ -205,5 +257,12 @@ impl Tables for KernelTables {
     fn remove_fragment(&self, key: &FragmentKey) {
         // The only error is that it is not there.
         let _ = FRAGMENTS.remove(key);
+    }
+    #[inline(always)]
+    fn count(&self, what: Statistic) {
+        if let Some(count) = STATS.get_ptr_mut(what as u32) {
+            // SAFETY: as in `count_drop`.
+            unsafe { *count += 1 };
+        }
     }
 }

@@ -2,77 +2,135 @@
 
 #![expect(clippy::needless_pass_by_value, reason = "entry points are as aya's macro calls them")]
 
+mod events;
 mod maps;
 mod redirect;
 mod skb;
+mod too_big;
 
 use aya_ebpf::{
     bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
     macros::classifier,
     programs::TcContext,
 };
-use proxier_common::Hook;
+use proxier_common::{DELIVERY_NODE, DELIVERY_STACK, DropReason, Hook};
 use proxier_ebpf::{Origin, Verdict};
 
 use self::{
     maps::KernelTables,
+    redirect::Side,
     skb::{ETHERNET_HEADER, NO_LINK_HEADER, Skb},
 };
 
 /// Requests, at the ingress of an uplink with Ethernet headers.
 #[classifier]
 pub(crate) fn proxier_request(context: TcContext) -> i32 {
-    let verdict =
-        proxier_ebpf::request(&mut Skb::<ETHERNET_HEADER>::new(&context), &KernelTables, Origin::Outside);
-    action(&context, verdict, Hook::UplinkIngress)
+    from_outside::<ETHERNET_HEADER>(&context)
 }
 
-/// Replies, at the egress of an uplink with Ethernet headers.
+/// Replies, at the egress of an uplink with Ethernet headers. Requests of the node itself.
 #[classifier]
 pub(crate) fn proxier_reply(context: TcContext) -> i32 {
-    let verdict = proxier_ebpf::reply(&mut Skb::<ETHERNET_HEADER>::new(&context), &KernelTables);
-    action(&context, verdict, Hook::UplinkEgress)
+    to_outside::<ETHERNET_HEADER>(&context, Hook::UplinkEgress)
 }
 
 /// Requests, at the ingress of an uplink without link-layer header (WireGuard, tun, IP tunnels).
 #[classifier]
 pub(crate) fn proxier_req_l3(context: TcContext) -> i32 {
-    let verdict =
-        proxier_ebpf::request(&mut Skb::<NO_LINK_HEADER>::new(&context), &KernelTables, Origin::Outside);
-    action(&context, verdict, Hook::UplinkIngress)
+    from_outside::<NO_LINK_HEADER>(&context)
 }
 
-/// Replies, at the egress of an uplink without link-layer header.
+/// Replies, at the egress of an uplink without link-layer header. Requests of the node itself.
 #[classifier]
 pub(crate) fn proxier_rep_l3(context: TcContext) -> i32 {
-    let verdict = proxier_ebpf::reply(&mut Skb::<NO_LINK_HEADER>::new(&context), &KernelTables);
-    action(&context, verdict, Hook::UplinkEgress)
+    to_outside::<NO_LINK_HEADER>(&context, Hook::UplinkEgress)
 }
 
-/// Requests of a pod on this node, at the ingress of the pod's host-side link.
+/// Requests of a pod on this node, at the ingress of the pod's host-side link. Replies to the node itself.
 #[classifier]
 pub(crate) fn proxier_pod_in(context: TcContext) -> i32 {
-    let verdict =
-        proxier_ebpf::request(&mut Skb::<ETHERNET_HEADER>::new(&context), &KernelTables, Origin::Pod);
-    action(&context, verdict, Hook::PodIngress)
+    let mut packet = Skb::<ETHERNET_HEADER>::new(&context);
+    match proxier_ebpf::request(&mut packet, &KernelTables, Origin::Pod) {
+        Verdict::ToNode => {
+            let verdict = proxier_ebpf::reply(&mut packet, &KernelTables, DELIVERY_NODE);
+            action::<ETHERNET_HEADER>(&context, verdict, Hook::PodIngress, redirect::to_node)
+        }
+        verdict => action::<ETHERNET_HEADER>(&context, verdict, Hook::PodIngress, through_stack),
+    }
 }
 
-/// Replies to a pod on this node, at the egress of the pod's host-side link.
+/// Replies to a pod on this node, at the egress of the pod's host-side link. What a process of the node sends to the pod's
+/// own address.
 #[classifier]
 pub(crate) fn proxier_pod_out(context: TcContext) -> i32 {
-    let verdict = proxier_ebpf::reply(&mut Skb::<ETHERNET_HEADER>::new(&context), &KernelTables);
-    action(&context, verdict, Hook::PodEgress)
+    to_outside::<ETHERNET_HEADER>(&context, Hook::PodEgress)
 }
 
-/// `TC_ACT_UNSPEC` is `TCX_NEXT`: the programs and filters after this one still decide. An `OK` would take the
-/// packet away from them.
 #[inline(always)]
-fn action(context: &TcContext, verdict: Verdict, hook: Hook) -> i32 {
-    match verdict {
-        Verdict::Next | Verdict::Rewritten => TC_ACT_UNSPEC,
-        Verdict::Hairpin => redirect::back(context),
-        Verdict::Drop(reason) => {
-            maps::count_drop(hook.counter(reason));
+fn from_outside<const LINK_HEADER: u32>(context: &TcContext) -> i32 {
+    let verdict =
+        proxier_ebpf::request(&mut Skb::<LINK_HEADER>::new(context), &KernelTables, Origin::Outside);
+    action::<LINK_HEADER>(context, verdict, Hook::UplinkIngress, through_stack)
+}
+
+/// Outside of the node's stack, that is: where its packets leave.
+#[inline(always)]
+fn to_outside<const LINK_HEADER: u32>(context: &TcContext, hook: Hook) -> i32 {
+    let mut packet = Skb::<LINK_HEADER>::new(context);
+    if packet.is_made_here() {
+        let verdict = proxier_ebpf::request(&mut packet, &KernelTables, Origin::Node);
+        if verdict != Verdict::Next {
+            return action::<LINK_HEADER>(context, verdict, hook, to_pod_or_back::<LINK_HEADER>);
+        }
+    }
+    let verdict = proxier_ebpf::reply(&mut packet, &KernelTables, DELIVERY_STACK);
+    action::<LINK_HEADER>(context, verdict, hook, through_stack)
+}
+
+/// Where a request of the node itself goes. If it does not fit there, an error comes back instead.
+#[inline(never)]
+fn to_pod_or_back<const LINK_HEADER: u32>(context: &TcContext) -> Result<i32, DropReason> {
+    let result = redirect::to_pod::<LINK_HEADER>(context);
+    if let Err(DropReason::TooBig) = result
+        && too_big::answer::<LINK_HEADER>(context)
+        // An error about the request by now, as if from somebody before the pod.
+        && let Verdict::Rewritten =
+            proxier_ebpf::error_reply(&mut Skb::<LINK_HEADER>::new(context), &KernelTables, DELIVERY_NODE)
+    {
+        maps::count_drop(Hook::UplinkEgress.counter(DropReason::TooBig));
+        return redirect::back::<LINK_HEADER>(context, Side::In);
+    }
+    result
+}
+
+/// Where a packet goes that has been rewritten and takes its usual way.
+#[inline(always)]
+fn through_stack(_: &TcContext) -> Result<i32, DropReason> {
+    Ok(TC_ACT_UNSPEC)
+}
+
+/// `onward` is where a packet goes that has been rewritten. `TC_ACT_UNSPEC` is `TCX_NEXT`: the programs and filters after
+/// this one still decide. An `OK` would take the packet away from them.
+#[inline(always)]
+fn action<const LINK_HEADER: u32>(
+    context: &TcContext,
+    verdict: Verdict,
+    hook: Hook,
+    onward: fn(&TcContext) -> Result<i32, DropReason>,
+) -> i32 {
+    let action = match verdict {
+        Verdict::Next | Verdict::ToNode => Ok(TC_ACT_UNSPEC),
+        Verdict::Rewritten => onward(context),
+        Verdict::Hairpin if matches!(hook, Hook::UplinkEgress) => {
+            redirect::back::<LINK_HEADER>(context, Side::In)
+        }
+        Verdict::Hairpin => redirect::back::<LINK_HEADER>(context, Side::Out),
+        Verdict::Drop(reason) => Err(reason),
+    };
+    match action {
+        Ok(action) => action,
+        Err(reason) => {
+            events::dropped::<LINK_HEADER>(context, reason, hook);
             TC_ACT_SHOT
         }
     }

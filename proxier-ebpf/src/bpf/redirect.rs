@@ -1,10 +1,16 @@
 //! Sending a packet on past the node's stack.
 
+use core::{mem, ptr};
+
 use aya_ebpf::{
-    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
-    helpers::bpf_redirect,
+    bindings::{BPF_F_INGRESS, TC_ACT_SHOT, TC_ACT_UNSPEC},
+    helpers::{bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh, bpf_skb_change_head},
     programs::TcContext,
 };
+use proxier_common::{Address, DropReason};
+use proxier_ebpf::{Family, NetworkHeader, Packet, V4, V6};
+
+use super::skb::{ETHERNET_HEADER, NO_LINK_HEADER, Skb};
 
 /// The two addresses at the start of an Ethernet header.
 #[repr(C)]
@@ -14,19 +20,183 @@ struct MacAddresses {
     source: [u8; 6],
 }
 
-/// Sends the packet back through the Ethernet link that it came in by, to whoever sent it.
+/// Which side of the interface a packet goes to.
+#[derive(Clone, Copy)]
+pub(super) enum Side {
+    /// Out by it.
+    Out,
+    /// Into the node, as if it had come in by it.
+    In,
+}
+
+/// Sends the packet back through the link that it came by, to whoever sent it: a pod, or a process of the node.
 #[inline(always)]
-pub(super) fn back(context: &TcContext) -> i32 {
-    let Ok(MacAddresses { destination, source }) = context.load(0) else {
-        return TC_ACT_UNSPEC;
-    };
-    if context.store(0, &MacAddresses { destination: source, source: destination }, 0).is_err() {
-        return TC_ACT_SHOT;
+pub(super) fn back<const LINK_HEADER: u32>(context: &TcContext, side: Side) -> Result<i32, DropReason> {
+    let packet = Skb::<LINK_HEADER>::new(context);
+    if LINK_HEADER != NO_LINK_HEADER {
+        let MacAddresses { destination, source } = context.load(0).map_err(|_| DropReason::RewriteFailed)?;
+        context
+            .store(0, &MacAddresses { destination: source, source: destination }, 0)
+            .map_err(|_| DropReason::RewriteFailed)?;
     }
-    // SAFETY: the kernel hands over a valid context.
-    let index = unsafe { (*context.skb.skb).ifindex };
+    Ok(redirect(packet.interface(), side))
+}
+
+/// Sends a request of a process of the node to the pod.
+///
+/// The node's stack has routed it to an uplink, for nothing else leads to the external address. It does not see the packet
+/// again: to it, and to conntrack, the process speaks with the external address.
+#[inline(never)]
+pub(super) fn to_pod<const LINK_HEADER: u32>(context: &TcContext) -> Result<i32, DropReason> {
+    let packet = Skb::<LINK_HEADER>::new(context);
+    let route = Route::of_packet(&packet, Direction::Forward).ok_or(DropReason::NoRoute)?;
+    match route.result {
+        Route::FOUND | Route::NO_NEIGHBOUR => {}
+        Route::TOO_BIG => return Err(DropReason::TooBig),
+        _ => return Err(DropReason::NoRoute),
+    }
+    // Linux before 5.12 does not say which interface if the neighbour is not known yet.
+    if route.lookup.interface == packet.interface() {
+        return Err(DropReason::NoRoute);
+    }
+    if LINK_HEADER == NO_LINK_HEADER {
+        // The kernel wants to take an Ethernet header off.
+        // SAFETY: the kernel hands over a valid context.
+        let made = unsafe { bpf_skb_change_head(context.skb.skb, ETHERNET_HEADER, 0) };
+        if made != 0 {
+            return Err(DropReason::RewriteFailed);
+        }
+    }
+    // SAFETY: without parameters, the kernel finds the next hop by itself.
+    let action = unsafe { bpf_redirect_neigh(route.lookup.interface, ptr::null_mut(), 0, 0) };
+    Ok(action_of(action))
+}
+
+/// The MTU of the link to the pod that a packet does not fit, where the kernel says (Linux 5.12).
+#[inline(never)]
+pub(super) fn mtu_towards_pod<const LINK_HEADER: u32>(context: &TcContext) -> Option<u32> {
+    let route = Route::of_packet(&Skb::<LINK_HEADER>::new(context), Direction::Forward)?;
+    let mtu = route.lookup.total_length;
+    (route.result == Route::TOO_BIG && mtu != 0).then_some(mtu.into())
+}
+
+/// Sends the reply of a pod to a process of the node, as if it came in by the uplink that the request was to leave by: a
+/// packet from an external address that comes in by a pod's link is one that reverse path filters drop.
+///
+/// If no such uplink can be told, the packet goes on where it is.
+#[inline(never)]
+pub(super) fn to_node(context: &TcContext) -> Result<i32, DropReason> {
+    let packet = Skb::<ETHERNET_HEADER>::new(context);
+    let Some(route) = Route::of_packet(&packet, Direction::Reverse) else {
+        return Ok(TC_ACT_UNSPEC);
+    };
+    if route.result != Route::FOUND {
+        return Ok(TC_ACT_UNSPEC);
+    }
+    let MacAddresses { source, .. } = context.load(0).map_err(|_| DropReason::RewriteFailed)?;
+    context
+        .store(0, &MacAddresses { destination: route.lookup.source_mac, source }, 0)
+        .map_err(|_| DropReason::RewriteFailed)?;
+    Ok(redirect(route.lookup.interface, Side::In))
+}
+
+#[inline(always)]
+fn redirect(interface: u32, side: Side) -> i32 {
+    let flags = match side {
+        Side::Out => 0,
+        Side::In => u64::from(BPF_F_INGRESS),
+    };
     // SAFETY: takes numbers only; what comes back is the action code that makes the kernel do it.
-    let action = unsafe { bpf_redirect(index, 0) };
-    // TC_ACT_REDIRECT or TC_ACT_SHOT.
-    i32::try_from(action).unwrap_or(TC_ACT_SHOT)
+    action_of(unsafe { bpf_redirect(interface, flags) })
+}
+
+/// `TC_ACT_REDIRECT` or `TC_ACT_SHOT`.
+#[inline(always)]
+fn action_of(code: i64) -> i32 {
+    i32::try_from(code).unwrap_or(TC_ACT_SHOT)
+}
+
+/// The kernel's `struct bpf_fib_lookup`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct FibLookup {
+    family: u8,
+    protocol: u8,
+    source_port: u16,
+    destination_port: u16,
+    /// 0: the kernel takes the packet's own. Comes back as the MTU.
+    total_length: u16,
+    interface: u32,
+    flow_information: u32,
+    source: [u32; 4],
+    destination: [u32; 4],
+    vlan: [u16; 2],
+    source_mac: [u8; 6],
+    destination_mac: [u8; 6],
+}
+
+/// Its size, as the kernel wants to be told.
+const FIB_LOOKUP: i32 = 64;
+const _: () = assert!(size_of::<FibLookup>() == FIB_LOOKUP as usize);
+
+/// Which way to look.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Direction {
+    /// Where the packet goes.
+    Forward,
+    /// Where an answer to it would go.
+    Reverse,
+}
+
+/// What the node's routing says.
+struct Route {
+    lookup: FibLookup,
+    result: i64,
+}
+
+impl Route {
+    /// `BPF_FIB_LKUP_RET_SUCCESS`.
+    const FOUND: i64 = 0;
+    /// `BPF_FIB_LKUP_RET_NO_NEIGH`: there is a route, and nobody has spoken to the next hop yet.
+    const NO_NEIGHBOUR: i64 = 7;
+    /// `BPF_FIB_LKUP_RET_FRAG_NEEDED`: there is a route by an interface with a smaller MTU.
+    const TOO_BIG: i64 = 8;
+
+    #[inline(always)]
+    fn of_packet<const LINK_HEADER: u32>(
+        packet: &Skb<'_, LINK_HEADER>,
+        direction: Direction,
+    ) -> Option<Self> {
+        const AF_INET: u8 = 2;
+        const AF_INET6: u8 = 10;
+        // SAFETY: integers, for which all zeros are values.
+        let mut lookup: FibLookup = unsafe { mem::zeroed() };
+        match packet.network_header()? {
+            NetworkHeader::V4(offset) => {
+                lookup.family = AF_INET;
+                lookup.source[0] = u32::from_ne_bytes(packet.load(offset + V4::SOURCE)?);
+                lookup.destination[0] = u32::from_ne_bytes(packet.load(offset + V4::DESTINATION)?);
+            }
+            NetworkHeader::V6(offset) => {
+                lookup.family = AF_INET6;
+                lookup.source = words(packet.load(offset + V6::SOURCE)?);
+                lookup.destination = words(packet.load(offset + V6::DESTINATION)?);
+            }
+        }
+        if direction == Direction::Reverse {
+            mem::swap(&mut lookup.source, &mut lookup.destination);
+        }
+        lookup.interface = packet.interface();
+        // SAFETY: a valid context, and a structure of the kernel's layout and of the size that is told.
+        let result = unsafe {
+            bpf_fib_lookup(packet.context().skb.skb.cast(), (&raw mut lookup).cast(), FIB_LOOKUP, 0)
+        };
+        Some(Self { lookup, result })
+    }
+}
+
+#[inline(always)]
+fn words(address: Address) -> [u32; 4] {
+    // SAFETY: both have 16 bytes, and any bytes make integers.
+    unsafe { mem::transmute(address) }
 }

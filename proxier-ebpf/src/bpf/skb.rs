@@ -32,6 +32,26 @@ impl<'a, const LINK_HEADER: u32> Skb<'a, LINK_HEADER> {
     pub(super) const fn new(context: &'a TcContext) -> Self {
         Self { context }
     }
+
+    /// Whether the node has made the packet itself: it has come in by no interface.
+    #[inline(always)]
+    pub(super) fn is_made_here(&self) -> bool {
+        // SAFETY: the kernel hands over a valid context, and the field is readable at this hook.
+        unsafe { (*self.context.skb.skb).ingress_ifindex == 0 }
+    }
+
+    /// As the kernel handed it over.
+    #[inline(always)]
+    pub(super) const fn context(&self) -> &TcContext {
+        self.context
+    }
+
+    /// The interface that it comes in or goes out by.
+    #[inline(always)]
+    pub(super) fn interface(&self) -> u32 {
+        // SAFETY: as in `is_made_here`.
+        unsafe { (*self.context.skb.skb).ifindex }
+    }
 }
 
 impl<const LINK_HEADER: u32> Packet for Skb<'_, LINK_HEADER> {

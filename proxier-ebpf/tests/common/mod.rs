@@ -19,8 +19,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use internet_checksum::Checksum;
 use proxier_common::{
-    Address, BackendKey, BackendValue, ExternalKey, FlowKey, MEMBER_DRAINING, MemberKey, MemberValue,
-    SERVICE_IS_POD, ServiceValue, timeout::SECOND,
+    Address, BackendKey, BackendValue, DELIVERY_STACK, ExternalKey, FlowKey, MEMBER_DRAINING, MemberKey,
+    MemberValue, PodKey, PodValue, SERVICE_IS_POD, ServiceValue, SessionKey, timeout::SECOND,
 };
 use proxier_ebpf::{
     Origin, Tables, Verdict,
@@ -100,9 +100,38 @@ pub fn set_pods(tables: &HostTables, externals: &[IpAddr], pods: &[IpAddr], gene
                 backend_count: pods.len().try_into().unwrap(),
                 affinity_timeout: AFFINITY_TIMEOUT,
                 flags: 0,
-                padding: 0,
+                source_generation: 0,
             },
         );
+    }
+    let external = match externals {
+        [external] => (*external).into(),
+        _ => Address::UNSPECIFIED,
+    };
+    let known =
+        pods.iter().map(|pod| (PodKey { pod: (*pod).into() }, PodValue { external, flags: 0, padding: 0 }));
+    *tables.pods.borrow_mut() = known.collect();
+}
+
+/// Gives the Services these flags as well.
+pub fn set_flags(tables: &HostTables, flags: u32) {
+    for service in tables.services.borrow_mut().values_mut() {
+        service.flags |= flags;
+    }
+    for pod in tables.pods.borrow_mut().values_mut() {
+        pod.flags |= flags;
+    }
+}
+
+/// The key of a client's session.
+pub fn session_of_client(net: &Net) -> SessionKey {
+    SessionKey {
+        external: net.external.into(),
+        peer: net.client.into(),
+        external_port: 0,
+        peer_port: 0,
+        protocol: 0,
+        padding: [0; 3],
     }
 }
 
@@ -114,6 +143,16 @@ pub fn request<T: Tables>(packet: &mut HostPacket, tables: &T) -> Verdict {
 /// A packet that comes in by a pod's link.
 pub fn request_of_pod<T: Tables>(packet: &mut HostPacket, tables: &T) -> Verdict {
     proxier_ebpf::request(packet, tables, Origin::Pod)
+}
+
+/// A packet that a process of the node sends.
+pub fn request_of_node<T: Tables>(packet: &mut HostPacket, tables: &T) -> Verdict {
+    proxier_ebpf::request(packet, tables, Origin::Node)
+}
+
+/// A packet that leaves the node's stack.
+pub fn reply<T: Tables>(packet: &mut HostPacket, tables: &T) -> Verdict {
+    proxier_ebpf::reply(packet, tables, DELIVERY_STACK)
 }
 
 /// What a test may vary about the headers before the transport header.
@@ -436,4 +475,8 @@ pub fn drain(tables: &HostTables, pod: IpAddr) {
         MemberKey { pod: pod.into(), service_id: SERVICE_ID, padding: 0 },
         MemberValue { since_generation: 1, flags: MEMBER_DRAINING },
     );
+    let mut pods = tables.pods.borrow_mut();
+    let alone = PodValue { external: Address::UNSPECIFIED, flags: 0, padding: 0 };
+    let others = pods.values().next().copied().unwrap_or(alone);
+    pods.insert(PodKey { pod: pod.into() }, others);
 }

@@ -1,7 +1,6 @@
-//! The addresses of this node's interfaces, as far as taking one would cut the node off. Asks the kernel once; when to ask
-//! again is the caller's business.
+//! The addresses of this node's interfaces. Asks the kernel once; when to ask again is the caller's business.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::net::IpAddr;
 
 use anyhow::Context as _;
 use nix::{
@@ -9,28 +8,36 @@ use nix::{
     net::if_::InterfaceFlags,
 };
 
-/// Addresses that no Service may have on this node.
+use crate::desired::LocalAddresses;
+
+/// Every address of every interface.
 ///
 /// # Errors
 ///
 /// The kernel would not list them.
-pub(super) fn of_this_node() -> anyhow::Result<BTreeSet<IpAddr>> {
+pub(super) fn of_this_node() -> anyhow::Result<LocalAddresses> {
     let interfaces =
         getifaddrs().context("the addresses of this node's interfaces cannot be listed (netlink)")?;
-    Ok(interfaces.filter_map(|interface| identity(&interface)).collect())
+    Ok(of_interfaces(interfaces))
 }
 
-/// The address, if the node is reached by it.
-fn identity(interface: &InterfaceAddress) -> Option<IpAddr> {
+fn of_interfaces(interfaces: impl IntoIterator<Item = InterfaceAddress>) -> LocalAddresses {
+    let mut addresses = LocalAddresses::default();
+    for interface in interfaces {
+        let Some(address) = interface_address(&interface) else { continue };
+        // BGP speakers announce what they find on `lo`, so that is where people put an external address to attract its
+        // traffic. Packets for it come in by an uplink, and there they are for the Service.
+        let attracts = interface.flags.contains(InterfaceFlags::IFF_LOOPBACK) && !address.is_loopback();
+        let kind = if attracts { &mut addresses.attracting } else { &mut addresses.identities };
+        kind.insert(address);
+    }
+    addresses
+}
+
+fn interface_address(interface: &InterfaceAddress) -> Option<IpAddr> {
     let address = interface.address.as_ref()?;
-    let address = address
-        .as_sockaddr_in()
-        .map(|v4| IpAddr::from(v4.ip()))
-        .or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::from(v6.ip())))?;
-    // BGP speakers announce what they find on `lo`, so that is where people put an external address to attract its
-    // traffic. Packets for it come in by an uplink, and there they are for the Service.
-    let attracts = interface.flags.contains(InterfaceFlags::IFF_LOOPBACK) && !address.is_loopback();
-    (!attracts).then_some(address)
+    let v4 = address.as_sockaddr_in().map(|v4| IpAddr::from(v4.ip()));
+    v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::from(v6.ip())))
 }
 
 #[cfg(test)]
@@ -71,8 +78,11 @@ mod tests {
             (lo, "[::1]:0", true),
         ] {
             let interface = interface(flags, address);
-            let expected = counts.then(|| address.parse::<std::net::SocketAddr>().unwrap().ip());
-            assert_eq!(identity(&interface), expected, "{address} with {flags:?}");
+            let expected = address.parse::<std::net::SocketAddr>().unwrap().ip();
+            let LocalAddresses { identities, attracting } = of_interfaces([interface]);
+            let (there, elsewhere) = if counts { (identities, attracting) } else { (attracting, identities) };
+            assert_eq!(there, [expected].into(), "{address} with {flags:?}");
+            assert_eq!(elsewhere, [].into(), "{address} with {flags:?}");
         }
     }
 
@@ -80,6 +90,6 @@ mod tests {
     fn an_interface_without_an_address_has_none() {
         let interface =
             InterfaceAddress { address: None, ..interface(InterfaceFlags::IFF_BROADCAST, "192.0.2.1:0") };
-        assert_eq!(identity(&interface), None);
+        assert_eq!(of_interfaces([interface]), LocalAddresses::default());
     }
 }

@@ -66,6 +66,18 @@ impl DesiredService {
 pub struct Desired {
     /// By Service and family. A Service without external address of a family is not there.
     pub services: BTreeMap<ServiceKey, DesiredService>,
+    /// The node's own addresses, from which its processes may speak to external ones. One that a Service has is the
+    /// Service's all the same.
+    pub node_addresses: BTreeSet<IpAddr>,
+}
+
+/// Addresses that a node's interfaces have.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LocalAddresses {
+    /// Those by which the node is reached: no Service may have them.
+    pub identities: BTreeSet<IpAddr>,
+    /// Those that may be there to attract traffic alone: external addresses, or the node's as well.
+    pub attracting: BTreeSet<IpAddr>,
 }
 
 /// What the command line says about it.
@@ -76,7 +88,9 @@ pub struct Settings {
     /// What happens to packets for a Service without pods here.
     pub no_backend: NoBackend,
     /// Addresses that this node's interfaces have now, whether or not a Node object says so.
-    pub local_addresses: BTreeSet<IpAddr>,
+    pub local_addresses: LocalAddresses,
+    /// Whether the node's own processes are clients, as everybody else.
+    pub node_clients: bool,
     /// Where external addresses may lie; anywhere if there is none.
     pub external_cidrs: Vec<IpNet>,
     /// Whether `spec.externalIPs` count.
@@ -94,7 +108,8 @@ impl Settings {
         Self {
             node,
             no_backend: NoBackend::Drop,
-            local_addresses: BTreeSet::new(),
+            local_addresses: LocalAddresses { identities: BTreeSet::new(), attracting: BTreeSet::new() },
+            node_clients: false,
             external_cidrs: Vec::new(),
             external_ips: true,
             load_balancer_ips: true,
@@ -120,7 +135,7 @@ pub fn compute(catalog: &Catalog, settings: &Settings) -> (Desired, Vec<Problem>
     }
     let owned = ownership::settle(claims, catalog, settings, &mut problems);
 
-    let mut desired = Desired::default();
+    let mut desired = Desired { node_addresses: node_addresses(settings), ..Desired::default() };
     for (service, externals) in owned {
         problems.extend(without_endpoints(catalog, service, settings));
         for family in Family::ALL {
@@ -149,6 +164,15 @@ pub fn compute(catalog: &Catalog, settings: &Settings) -> (Desired, Vec<Problem>
     problems.extend(unknown_node(catalog, &settings.node));
     problems.sort();
     (desired, problems)
+}
+
+/// Addresses from which a process of the node can speak to an external one.
+fn node_addresses(settings: &Settings) -> BTreeSet<IpAddr> {
+    if !settings.node_clients {
+        return BTreeSet::new();
+    }
+    let LocalAddresses { identities, attracting } = &settings.local_addresses;
+    identities.union(attracting).copied().filter(|address| ownership::is_routable(*address)).collect()
 }
 
 /// Whether proxier can do what the Service asks for. What it cannot do must not be left out silently.

@@ -139,7 +139,7 @@ impl<'a> Taken<'a> {
                 "write an address that no node has".to_owned(),
             ));
         }
-        if settings.local_addresses.contains(&address) {
+        if settings.local_addresses.identities.contains(&address) {
             return Some((
                 "is an address of an interface of this node, which would be cut off".to_owned(),
                 format!(
@@ -172,6 +172,11 @@ impl<'a> Taken<'a> {
     }
 }
 
+/// Whether packets with this address leave the link that they are on.
+pub fn is_routable(address: IpAddr) -> bool {
+    never_external(address).is_none()
+}
+
 /// What an address is, if it can never be an external address, whatever the cluster.
 fn never_external(address: IpAddr) -> Option<&'static str> {
     let what = match address {
@@ -197,7 +202,7 @@ mod tests {
         testing::{mk_endpoint, mk_name, mk_node, mk_service, mk_slice},
     };
     use crate::{
-        desired::{Desired, compute},
+        desired::{Desired, LocalAddresses, compute},
         model::NodeName,
     };
 
@@ -327,8 +332,11 @@ mod tests {
 
     #[test]
     fn an_address_of_this_nodes_interfaces_is_never_taken_even_if_no_node_object_says_so() {
-        let settings =
-            Settings { local_addresses: BTreeSet::from(["192.168.1.1".parse().unwrap()]), ..settings() };
+        let local_addresses = LocalAddresses {
+            identities: BTreeSet::from(["192.168.1.1".parse().unwrap()]),
+            ..LocalAddresses::default()
+        };
+        let settings = Settings { local_addresses, ..settings() };
         let (desired, problems) =
             desired(vec![mk_service("web", ["192.168.1.1", "10.0.0.55"]).into()], &settings);
         assert_eq!(owner_of(&desired, "192.168.1.1"), None);

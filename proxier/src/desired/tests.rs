@@ -142,6 +142,22 @@ fn a_service_whose_source_ranges_cannot_be_enforced_is_not_opened_to_everybody()
 }
 
 #[test]
+fn the_nodes_own_addresses_are_those_that_packets_leave_with_if_its_processes_are_clients() {
+    let local_addresses = LocalAddresses {
+        identities: addresses(&["192.168.1.1", "fd00:1::1", "127.0.0.1", "::1", "fe80::1", "169.254.1.1"]),
+        attracting: addresses(&["10.0.0.55", "10.255.0.1"]),
+    };
+    for (node_clients, expected) in
+        [(false, vec![]), (true, vec!["192.168.1.1", "fd00:1::1", "10.0.0.55", "10.255.0.1"])]
+    {
+        let local_addresses = local_addresses.clone();
+        let settings = Settings { local_addresses, node_clients, ..Settings::new(NodeName::new("node1")) };
+        let (desired, _) = compute(&Catalog::default(), &settings);
+        assert_eq!(desired.node_addresses, addresses(&expected));
+    }
+}
+
+#[test]
 fn an_external_name_has_no_addresses() {
     let web = Service { service_type: ServiceType::ExternalName, ..mk_service("web", ["10.0.0.55"]) };
     let (desired, problems) = desired([web.into()]);

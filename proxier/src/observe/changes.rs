@@ -113,6 +113,7 @@ mod tests {
                     (key, service)
                 })
                 .collect(),
+            ..Desired::default()
         }
     }
 

@@ -142,8 +142,18 @@ mod tests {
             last_seen,
             service_id: 1,
             generation: 1,
+            tcp_port: 0,
+            tcp_peer_port: 0,
+            padding: 0,
         };
-        let key = |external| SessionKey { external: address(external), peer: address("192.0.2.1") };
+        let key = |external| SessionKey {
+            external: address(external),
+            peer: address("192.0.2.1"),
+            external_port: 0,
+            peer_port: 0,
+            protocol: 0,
+            padding: [0; 3],
+        };
         let now = 1_000 * SECOND;
         assert!(!session_is_over(&key("10.0.0.1"), &session(now - 60 * SECOND), &timeouts, now));
         assert!(session_is_over(&key("10.0.0.1"), &session(now - 60 * SECOND - 1), &timeouts, now));

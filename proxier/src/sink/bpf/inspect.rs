@@ -7,8 +7,8 @@ use std::{
 };
 
 use proxier_common::{
-    DropReason, Hook, MEMBER_DRAINING, SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND, TCP_ESTABLISHED,
-    TCP_REPLY_FIN, TCP_REQUEST_FIN, protocol,
+    DropReason, Hook, MEMBER_DRAINING, SERVICE_IS_NODE, SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND,
+    TCP_ESTABLISHED, TCP_REPLY_FIN, TCP_REQUEST_FIN, protocol,
     timeout::{self, SECOND},
 };
 use serde::Serialize;
@@ -147,7 +147,7 @@ pub fn services(pin_path: &Path) -> anyhow::Result<Vec<ServiceRow>> {
     let mut rows = Vec::new();
     for entry in tables.services.entries() {
         let (key, value) = entry?;
-        if value.flags & SERVICE_IS_POD != 0 {
+        if value.flags & (SERVICE_IS_POD | SERVICE_IS_NODE) != 0 {
             continue;
         }
         let (namespace, name) = names.of(value.service_id);

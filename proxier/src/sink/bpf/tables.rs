@@ -8,12 +8,13 @@ use std::{
 
 use aya::{
     Pod,
-    maps::{HashMap, Map, MapData, MapError, MapInfo, MapType, PerCpuArray},
+    maps::{HashMap, Map, MapData, MapError, MapInfo, MapType, PerCpuArray, lpm_trie::Key as LpmKey},
 };
 use proxier_common::{
-    BackendKey, BackendValue, DROP_COUNTERS, ExternalKey, FlowKey, FlowValue, FragmentKey, FragmentValue,
-    MAX_BACKENDS, MAX_FLOWS, MAX_FRAGMENTS, MAX_SERVICES, MAX_SESSIONS, MemberKey, MemberValue, NameKey,
-    NameValue, SCHEMA, ServiceValue, SessionKey, SessionValue,
+    BackendKey, BackendValue, DROP_COUNTERS, EVENT_BYTES, EventBudget, ExternalKey, FlowKey, FlowValue,
+    FragmentKey, FragmentValue, MAX_BACKENDS, MAX_FLOWS, MAX_FRAGMENTS, MAX_SERVICES, MAX_SESSIONS,
+    MAX_SOURCES, MemberKey, MemberValue, NameKey, NameValue, PodKey, PodValue, SCHEMA, STATISTICS,
+    ServiceValue, SessionKey, SessionValue, SourceKey, SourceValue,
 };
 use thiserror::Error;
 
@@ -101,6 +102,8 @@ impl Shape {
 const SERVICES: Shape = Shape::of::<ExternalKey, ServiceValue>("services", MapType::Hash, MAX_SERVICES);
 const BACKENDS: Shape = Shape::of::<BackendKey, BackendValue>("backends", MapType::Hash, MAX_BACKENDS);
 const MEMBERS: Shape = Shape::of::<MemberKey, MemberValue>("members", MapType::Hash, MAX_BACKENDS);
+const PODS: Shape = Shape::of::<PodKey, PodValue>("pods", MapType::Hash, MAX_SERVICES);
+const SOURCES: Shape = Shape::of::<LpmKey<SourceKey>, SourceValue>("sources", MapType::LpmTrie, MAX_SOURCES);
 const NAMES: Shape = Shape::of::<NameKey, NameValue>("names", MapType::Hash, MAX_SERVICES);
 const SESSIONS: Shape = Shape::of::<SessionKey, SessionValue>("sessions", MapType::LruHash, MAX_SESSIONS);
 const FLOWS: Shape = Shape::of::<FlowKey, FlowValue>("flows", MapType::LruHash, MAX_FLOWS);
@@ -108,7 +111,27 @@ const FRAGMENTS: Shape =
     Shape::of::<FragmentKey, FragmentValue>("fragments", MapType::LruHash, MAX_FRAGMENTS);
 const DROPS: Shape = Shape::of::<u32, u64>("drops", MapType::PerCpuArray, DROP_COUNTERS);
 
-const ALL: [Shape; 8] = [SERVICES, BACKENDS, MEMBERS, NAMES, SESSIONS, FLOWS, FRAGMENTS, DROPS];
+const STATS: Shape = Shape::of::<u32, u64>("stats", MapType::PerCpuArray, STATISTICS);
+const EVENTS: Shape =
+    Shape { name: "events", kind: MapType::RingBuf, key_size: 0, value_size: 0, max_entries: EVENT_BYTES };
+const EVENT_BUDGETS: Shape =
+    Shape::of::<u32, EventBudget>("event_budgets", MapType::PerCpuArray, DROP_COUNTERS);
+
+const ALL: [Shape; 13] = [
+    SERVICES,
+    BACKENDS,
+    MEMBERS,
+    PODS,
+    SOURCES,
+    NAMES,
+    SESSIONS,
+    FLOWS,
+    FRAGMENTS,
+    DROPS,
+    STATS,
+    EVENTS,
+    EVENT_BUDGETS,
+];
 
 /// The directory that holds the maps of this version's ABI.
 pub(super) fn directory(pin_path: &Path) -> PathBuf {
@@ -248,6 +271,7 @@ pub(super) struct Tables {
     pub(super) services: Table<ExternalKey, ServiceValue>,
     pub(super) backends: Table<BackendKey, BackendValue>,
     pub(super) members: Table<MemberKey, MemberValue>,
+    pods: Table<PodKey, PodValue>,
     pub(super) names: Table<NameKey, NameValue>,
     pub(super) sessions: Table<SessionKey, SessionValue>,
     pub(super) flows: Table<FlowKey, FlowValue>,
@@ -264,6 +288,7 @@ impl Tables {
             services: Table::open(pin_path, SERVICES)?,
             backends: Table::open(pin_path, BACKENDS)?,
             members: Table::open(pin_path, MEMBERS)?,
+            pods: Table::open(pin_path, PODS)?,
             names: Table::open(pin_path, NAMES)?,
             sessions: Table::open(pin_path, SESSIONS)?,
             flows: Table::open(pin_path, FLOWS)?,
@@ -286,6 +311,7 @@ impl Tables {
             services: self.services.entries().collect::<Result<_, _>>()?,
             backends: self.backends.entries().collect::<Result<_, _>>()?,
             members: self.members.entries().collect::<Result<_, _>>()?,
+            pods: self.pods.entries().collect::<Result<_, _>>()?,
             names: self
                 .names
                 .entries()
@@ -305,6 +331,8 @@ impl Tables {
             Step::PutBackend(key, value) => self.backends.put(key, value),
             Step::PutMember(key, value) => self.members.put(key, value),
             Step::RemoveMember(key) => self.members.remove(key),
+            Step::PutPod(key, value) => self.pods.put(key, value),
+            Step::RemovePod(key) => self.pods.remove(key),
             Step::PutService(key, value) => self.services.put(key, value),
             Step::RemoveService(key) => self.services.remove(key),
             Step::RemoveBackend(key) => self.backends.remove(key),

@@ -1,0 +1,89 @@
+//! Telling of packets dropped: exactly by counters, and by samples on the ring buffer.
+
+use aya_ebpf::programs::TcContext;
+use proxier_common::{Address, DropEvent, DropReason, ExternalKey, Hook, protocol};
+use proxier_ebpf::{
+    Family, NetworkHeader, Packet, Tables, V4, V6,
+    family::{Fragment, Payload},
+};
+
+use super::{
+    maps::{self, KernelTables},
+    skb::Skb,
+};
+
+/// Counts a packet dropped, and reports it if not too many have been already.
+#[inline(never)]
+pub(super) fn dropped<const LINK_HEADER: u32>(context: &TcContext, reason: DropReason, hook: Hook) {
+    let counter = hook.counter(reason);
+    maps::count_drop(counter);
+    let now = KernelTables.now();
+    if let Some(unreported) = maps::take_event_budget(counter, now) {
+        let mut event = DropEvent {
+            time: now,
+            source: Address::UNSPECIFIED,
+            destination: Address::UNSPECIFIED,
+            service_id: 0,
+            length: 0,
+            unreported,
+            interface: 0,
+            source_port: 0,
+            destination_port: 0,
+            protocol: DropEvent::UNKNOWN_PROTOCOL,
+            // Both are numbers below 64 and 8 (`DROP_COUNTERS`).
+            reason: reason as u8,
+            hook: hook as u8,
+            padding: 0,
+        };
+        describe(&Skb::<LINK_HEADER>::new(context), &mut event);
+        maps::report(&event);
+    }
+}
+
+/// Reads the packet once more: what the core knew of it is gone with its stack. Not behind IPv6 extension headers: the
+/// walk along them is what the verifier spends most of its patience on, and here is but a sample.
+#[inline(never)]
+fn describe<const LINK_HEADER: u32>(packet: &Skb<'_, LINK_HEADER>, event: &mut DropEvent) {
+    event.length = packet.length();
+    event.interface = packet.interface();
+    let transport = match packet.network_header() {
+        Some(NetworkHeader::V4(offset)) => describe_v4(packet, offset, event),
+        Some(NetworkHeader::V6(offset)) => describe_v6(packet, offset, event),
+        None => return,
+    };
+    if let Some(service) = KernelTables.service(&ExternalKey { external: event.destination }) {
+        event.service_id = service.service_id;
+    }
+    if let Some(offset) = transport
+        && let protocol::TCP | protocol::UDP | protocol::UDPLITE | protocol::SCTP | protocol::DCCP =
+            event.protocol
+        && let Some([source_port, destination_port]) = packet.load::<[u16; 2]>(offset)
+    {
+        event.source_port = source_port;
+        event.destination_port = destination_port;
+    }
+}
+
+/// Where the transport header is, unless this is a later fragment, which has none.
+#[inline(always)]
+fn describe_v4<P: Packet>(packet: &P, offset: u32, event: &mut DropEvent) -> Option<u32> {
+    let header = V4::header(packet, offset)?;
+    event.source = V4::source(&header);
+    event.destination = V4::destination(&header);
+    let mut payload = Payload::within(packet.length(), false);
+    if !V4::payload(packet, offset, &header, &mut payload) {
+        return None;
+    }
+    event.protocol = payload.protocol;
+    (!matches!(payload.fragment, Fragment::Later)).then_some(payload.offset)
+}
+
+/// As [`describe_v4`].
+#[inline(always)]
+fn describe_v6<P: Packet>(packet: &P, offset: u32, event: &mut DropEvent) -> Option<u32> {
+    let header = V6::header(packet, offset)?;
+    event.source = V6::source(&header);
+    event.destination = V6::destination(&header);
+    event.protocol = header.next_header();
+    Some(offset + size_of_val(&header) as u32)
+}
