@@ -23,7 +23,7 @@ pub enum DropReason {
     Malformed = 7,
     /// An ICMP error to an external address about a conversation that is not known. Passed on, as above.
     UnrelatedError = 8,
-    /// To an external address from that same address.
+    /// To an external address from that same address, or from the node's where it has come in from elsewhere.
     SpoofedSource = 9,
     /// From an address outside the Service's source ranges.
     SourceNotAllowed = 10,

@@ -48,11 +48,11 @@ pub trait Packet {
     /// Copies a value out of the packet. The offset need not be aligned.
     fn load<T: Plain>(&self, offset: u32) -> Option<T>;
 
-    /// Remembers for whoever sees the packet next at this hook that it was for an external address.
+    /// Remembers, for whoever sees the packet later on this node, that it was for an external address.
     fn set_rewritten(&mut self);
 
-    /// Whether [`Packet::set_rewritten`] was called for the packet at this hook: by another agent's program of the same
-    /// kind, while one takes the other's place.
+    /// Whether [`Packet::set_rewritten`] was called for the packet: at this hook by another agent's program of the same kind,
+    /// while one takes the other's place; or at the uplink, where a request of the node itself was sent to the pod's link.
     fn is_rewritten(&self) -> bool;
 
     /// Adds `difference` to the transport checksum at `offset`, which covers a pseudo-header whose addresses

@@ -139,6 +139,7 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
             Noted::NoPod => return Some(Verdict::Drop(DropReason::NoBackend)),
             Noted::Collision => return Some(Verdict::Drop(DropReason::FlowCollision)),
             Noted::Full => return Some(Verdict::Drop(DropReason::FlowTableFull)),
+            Noted::Spoofed => return Some(Verdict::Drop(DropReason::SpoofedSource)),
         }
     }
     if let Fragment::First = request.payload.fragment {
@@ -410,6 +411,8 @@ enum Noted {
     Collision,
     /// The table would not take another flow.
     Full,
+    /// The client's address is the node's, and it has this conversation itself.
+    Spoofed,
 }
 
 impl From<InsertError> for Noted {
@@ -498,6 +501,10 @@ fn continue_flow<T: Tables>(
     if flow.external != fresh.external && !over {
         return Noted::Collision;
     }
+    // The node's own packets do not come in from outside, nor from a pod.
+    if flow.delivery != fresh.delivery && fresh.delivery == DELIVERY_STACK && is_node(tables, key.peer) {
+        return Noted::Spoofed;
+    }
     if over || flow.service_id != fresh.service_id || flow.delivery != fresh.delivery {
         // Another conversation; or this one goes on although the address has changed hands.
         let tcp_state = if over { fresh.tcp_state } else { tcp_state_after(transport, flow.tcp_state) };
@@ -508,6 +515,12 @@ fn continue_flow<T: Tables>(
     }
     entry.refresh(&flow, now, tcp_state_after(transport, flow.tcp_state));
     Noted::Yes
+}
+
+#[inline(always)]
+fn is_node<T: Tables>(tables: &T, address: Address) -> bool {
+    let service = tables.service(&ExternalKey { external: address });
+    service.is_some_and(|service| service.flags & SERVICE_IS_NODE != 0)
 }
 
 /// What a TCP connection's state becomes by a packet of the client.

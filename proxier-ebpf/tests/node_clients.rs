@@ -50,10 +50,16 @@ fn a_flow_of_the_node_is_rewritten_at_the_pods_link_only_and_another_clients_the
         request_of_node(&mut plain(net.client, net.external, UDP, (40_000, 53)), &tables);
         let answer = || plain(net.pod, net.client, UDP, (53, 40_000));
         assert_eq!(reply(&mut answer(), &tables), Verdict::Next, "at an egress");
-        // The same from outside: an address that has moved.
+        // The same from outside: nobody else has the node's address.
+        let mut spoofed = plain(net.client, net.external, UDP, (40_000, 53));
+        assert_eq!(request(&mut spoofed, &tables), Verdict::Drop(DropReason::SpoofedSource));
+        assert_eq!(reply_to_node(&mut answer(), &tables), Verdict::Rewritten);
+        // Unless it has moved to another machine.
+        tables.services.borrow_mut().remove(&ExternalKey { external: net.client.into() });
         request(&mut plain(net.client, net.external, UDP, (40_000, 53)), &tables);
-        assert_eq!(reply_to_node(&mut answer(), &tables), Verdict::Next);
         assert_eq!(reply(&mut answer(), &tables), Verdict::Rewritten);
+        know_node(&tables, net.client, 0);
+        assert_eq!(reply_to_node(&mut answer(), &tables), Verdict::Next);
     }
 }
 

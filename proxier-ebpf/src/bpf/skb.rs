@@ -18,9 +18,10 @@ const ETHERTYPE_VLAN: u16 = 0x8100;
 const ETHERTYPE_QINQ: u16 = 0x88a8;
 const VLAN_TAG: u32 = 4;
 
-/// "proxier\0", in the last two words of the control buffer. What the network driver has left there is anything, but
-/// hardly this.
-const REWRITTEN: [u32; 2] = [u32::from_be_bytes(*b"prox"), u32::from_be_bytes(*b"ier\0")];
+/// Says that a packet has been rewritten, in the skb's `tc_index`: a field that is zero unless a classifier writes it, and
+/// that bridges and neighbour queues leave alone, other than the control buffer (`cb`). Its readers in the kernel, the
+/// DiffServ disciplines, went with Linux 6.3.
+const REWRITTEN: u32 = 0x7078;
 
 /// An skb whose data starts with a link-layer header of `LINK_HEADER` bytes.
 pub(super) struct Skb<'a, const LINK_HEADER: u32> {
@@ -88,17 +89,14 @@ impl<const LINK_HEADER: u32> Packet for Skb<'_, LINK_HEADER> {
 
     #[inline(always)]
     fn set_rewritten(&mut self) {
-        // SAFETY: the kernel hands over a valid context, and programs of one hook share these words.
-        let cb = unsafe { &mut (*self.context.skb.skb).cb };
-        cb[3] = REWRITTEN[0];
-        cb[4] = REWRITTEN[1];
+        // SAFETY: the kernel hands over a valid context, and the field is writable at this hook.
+        unsafe { (*self.context.skb.skb).tc_index = REWRITTEN };
     }
 
     #[inline(always)]
     fn is_rewritten(&self) -> bool {
         // SAFETY: as in `set_rewritten`.
-        let cb = unsafe { &(*self.context.skb.skb).cb };
-        cb[3] == REWRITTEN[0] && cb[4] == REWRITTEN[1]
+        unsafe { (*self.context.skb.skb).tc_index == REWRITTEN }
     }
 
     #[inline(always)]
