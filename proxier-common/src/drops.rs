@@ -110,7 +110,14 @@ impl Hook {
     #[inline(always)]
     #[must_use]
     pub const fn counter(self, reason: DropReason) -> u32 {
-        reason as u32 * MAX_HOOKS + self as u32
+        self.counter_at(reason as u32)
+    }
+
+    /// As [`Hook::counter`], for the number of a reason.
+    #[inline(always)]
+    #[must_use]
+    pub const fn counter_at(self, reason: u32) -> u32 {
+        reason * MAX_HOOKS + self as u32
     }
 }
 

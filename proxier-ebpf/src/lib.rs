@@ -27,6 +27,7 @@ pub mod rewrite;
 pub mod tables;
 pub mod transport;
 pub mod verdict;
+pub mod verifier;
 
 pub use family::{Family, V4, V6};
 pub use packet::{NetworkHeader, Packet, Plain};

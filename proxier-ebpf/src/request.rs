@@ -151,12 +151,17 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
         if request.service.flags & SERVICE_BALANCE_FLOW != 0 {
             keep_answer_here(tables, &request);
         }
-        let written = rewrite::exchange::<F, P>(packet, offset, external, placement.pod);
+        let written = send_back::<F, P>(packet, offset, &request);
         return Some(Verdict::of_write(written, Verdict::Hairpin));
     }
     packet.set_rewritten();
     let written = deliver::<F, P>(packet, offset, &request, &placement);
     Some(Verdict::of_write(written, Verdict::Rewritten))
+}
+
+#[inline(never)]
+fn send_back<F: Family, P: Packet>(packet: &mut P, offset: u32, request: &Request) -> Result<(), WriteError> {
+    rewrite::exchange::<F, P>(packet, offset, request.destination.external, request.peer)
 }
 
 #[inline(never)]

@@ -5,6 +5,7 @@ use proxier_common::{Address, DropEvent, DropReason, ExternalKey, Hook, protocol
 use proxier_ebpf::{
     Family, NetworkHeader, Packet, Tables, V4, V6,
     family::{Fragment, Payload},
+    verifier,
 };
 
 use super::{
@@ -15,7 +16,9 @@ use super::{
 /// Counts a packet dropped, and reports it if not too many have been already.
 #[inline(never)]
 pub(super) fn dropped<const LINK_HEADER: u32>(context: &TcContext, reason: DropReason, hook: Hook) {
-    let counter = hook.counter(reason);
+    // Every reason is a path of its own up to here; they go on as one.
+    let reason = verifier::forget(reason as u32);
+    let counter = hook.counter_at(reason);
     maps::count_drop(counter);
     let now = KernelTables.now();
     if let Some(unreported) = maps::take_event_budget(counter, now) {
@@ -30,7 +33,7 @@ pub(super) fn dropped<const LINK_HEADER: u32>(context: &TcContext, reason: DropR
             source_port: 0,
             destination_port: 0,
             protocol: DropEvent::UNKNOWN_PROTOCOL,
-            // Both are numbers below 64 and 8 (`DROP_COUNTERS`).
+            // Numbers below 64 and 8 (`DROP_COUNTERS`).
             reason: reason as u8,
             hook: hook as u8,
             padding: 0,
