@@ -32,6 +32,6 @@ pub mod verifier;
 pub use family::{Family, V4, V6};
 pub use packet::{NetworkHeader, Packet, Plain};
 pub use reply::{error_reply, reply};
-pub use request::{Origin, request};
+pub use request::{Origin, request, straight_to_pod};
 pub use tables::{FlowEntry, InsertError, SessionEntry, Tables};
 pub use verdict::Verdict;

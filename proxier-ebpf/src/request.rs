@@ -57,6 +57,26 @@ pub fn request<P: Packet, T: Tables>(packet: &mut P, tables: &T, origin: Origin)
     }
 }
 
+/// Notes that a process of the node speaks to a pod's own address, if the packet is for one.
+///
+/// [`request`] does so for every other client, whose packets it sees.
+#[inline(always)]
+pub fn straight_to_pod<P: Packet, T: Tables>(packet: &P, tables: &T) {
+    match packet.network_header() {
+        Some(NetworkHeader::V4(offset)) => straight_of_family::<crate::V4, P, T>(packet, tables, offset),
+        Some(NetworkHeader::V6(offset)) => straight_of_family::<crate::V6, P, T>(packet, tables, offset),
+        None => {}
+    }
+}
+
+#[inline(never)]
+fn straight_of_family<F: Family, P: Packet, T: Tables>(packet: &P, tables: &T, offset: u32) {
+    let mut request = Request::within(packet.length(), DELIVERY_NODE);
+    if !packet.is_rewritten() && read::<F, P, T>(packet, tables, offset, &mut request) == Read::Pod {
+        forget_flow(tables, &request);
+    }
+}
+
 #[inline(always)]
 fn of_family<F: Family, P: Packet, T: Tables>(
     packet: &mut P,
@@ -446,24 +466,29 @@ fn note_flow<T: Tables>(tables: &T, request: &Request, placement: &mut Placement
         tcp_state: tcp_state_after(transport, 0),
         padding: 0,
     };
-    if !nowhere && let Some(entry) = tables.flow(&key) {
-        return continue_flow(tables, &key, &entry, &fresh, transport);
-    }
-    if !transport.opens() {
+    let mut found = if nowhere { None } else { tables.flow(&key) };
+    if found.is_none() && !transport.opens() {
         for former in placement.former {
             if former == Address::UNSPECIFIED {
                 break;
             }
             key.pod = former;
-            if let Some(entry) = tables.flow(&key)
-                && still_there(tables, request, &key, &entry.value())
-            {
-                placement.pod = former;
-                return continue_flow(tables, &key, &entry, &fresh, transport);
+            found = conversation_with_former(tables, request, &key);
+            if found.is_some() {
+                break;
             }
         }
-        key.pod = placement.pod;
     }
+    // In one place: each more is as many paths again for the verifier.
+    if let Some(entry) = found {
+        let flow = entry.value();
+        let is_over = timeout::flow_is_over(&key, &flow, *now);
+        if key.pod == placement.pod || !is_over {
+            placement.pod = key.pod;
+            return continue_flow(tables, &key, &entry, (&flow, is_over), &fresh, transport);
+        }
+    }
+    key.pod = placement.pod;
     if nowhere {
         return Noted::NoPod;
     }
@@ -481,13 +506,13 @@ fn note_flow<T: Tables>(tables: &T, request: &Request, placement: &mut Placement
     }
 }
 
-/// Whether a flow with a former pod of the client is this conversation, and the pod still one of the Service's.
+/// The flow with a former pod of the client, if it is of this external address and the pod still one of the Service's.
 #[inline(always)]
-fn still_there<T: Tables>(tables: &T, request: &Request, key: &FlowKey, flow: &FlowValue) -> bool {
+fn conversation_with_former<T: Tables>(tables: &T, request: &Request, key: &FlowKey) -> Option<T::Flow> {
+    let entry = tables.flow(key)?;
     let member = MemberKey { pod: key.pod, service_id: request.service.service_id, padding: 0 };
-    flow.external == request.destination.external
-        && !timeout::flow_is_over(key, flow, request.now)
-        && tables.member(&member).is_some()
+    let is_this = entry.value().external == request.destination.external;
+    (is_this && tables.member(&member).is_some()).then_some(entry)
 }
 
 #[inline(always)]
@@ -495,13 +520,12 @@ fn continue_flow<T: Tables>(
     tables: &T,
     key: &FlowKey,
     entry: &T::Flow,
+    (flow, is_over): (&FlowValue, bool),
     fresh: &FlowValue,
     transport: &Transport,
 ) -> Noted {
     let now = fresh.last_seen;
-    let flow = entry.value();
-    let over =
-        timeout::flow_is_over(key, &flow, now) || timeout::tcp_is_closed(flow.tcp_state) && transport.opens();
+    let over = is_over || timeout::tcp_is_closed(flow.tcp_state) && transport.opens();
     // A reply could not tell which of the two external addresses it belongs to.
     if flow.external != fresh.external && !over {
         return Noted::Collision;
@@ -518,7 +542,7 @@ fn continue_flow<T: Tables>(
             Err(error) => error.into(),
         };
     }
-    entry.refresh(&flow, now, tcp_state_after(transport, flow.tcp_state));
+    entry.refresh(flow, now, tcp_state_after(transport, flow.tcp_state));
     Noted::Yes
 }
 

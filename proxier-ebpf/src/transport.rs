@@ -6,6 +6,7 @@ use proxier_common::{Address, FlowKey, SERVICE_BALANCE_FLOW, SessionKey, protoco
 use crate::{
     family::{Fragment, Payload},
     packet::Packet,
+    verifier,
 };
 
 /// TCP header flags, byte 13 (RFC 9293).
@@ -211,7 +212,7 @@ pub fn read<P: Packet>(
         _ => {}
     }
     if layout.checksum != 0 && available >= layout.first_fragment {
-        transport.checksum_offset = payload.offset + layout.checksum;
+        transport.checksum_offset = verifier::forget(payload.offset + layout.checksum);
         transport.zero_means_none = layout.zero_means_none;
     }
     if let protocol::ICMP | protocol::ICMPV6 = payload.protocol {

@@ -8,6 +8,7 @@ use proxier_common::{DELIVERY_NODE, DropReason, ExternalKey, SERVICE_IS_NODE, SE
 use proxier_ebpf::{
     Verdict,
     host::{HostPacket, HostTables},
+    straight_to_pod,
 };
 
 /// As the agent: the node's own address is in `services`, flagged.
@@ -91,9 +92,12 @@ fn a_process_that_speaks_to_the_pod_itself_ends_what_was_noted_for_its_port() {
         let mut rewritten = plain(net.client, net.external, UDP, (40_000, 53));
         request_of_node(&mut rewritten, &tables);
         // The request that was sent on passes the egress of the pod's link.
-        assert_eq!(request_of_node(&mut rewritten, &tables), Verdict::Next);
+        straight_to_pod(&rewritten, &tables);
         assert_eq!(tables.flows.borrow().len(), 1, "it is the same packet");
-        request_of_node(&mut plain(net.client, net.pod, UDP, (40_000, 53)), &tables);
+        straight_to_pod(&plain(net.client, net.external, UDP, (40_000, 53)), &tables);
+        straight_to_pod(&plain(net.client, net.other_pod, UDP, (40_000, 53)), &tables);
+        assert_eq!(tables.flows.borrow().len(), 1, "it is for somebody else");
+        straight_to_pod(&plain(net.client, net.pod, UDP, (40_000, 53)), &tables);
         let mut answer = plain(net.pod, net.client, UDP, (53, 40_000));
         assert_eq!(reply_to_node(&mut answer, &tables), Verdict::Next);
     }

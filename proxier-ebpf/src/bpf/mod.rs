@@ -31,7 +31,7 @@ pub(crate) fn proxier_request(context: TcContext) -> i32 {
 /// Replies, at the egress of an uplink with Ethernet headers. Requests of the node itself.
 #[classifier]
 pub(crate) fn proxier_reply(context: TcContext) -> i32 {
-    to_outside::<ETHERNET_HEADER>(&context, Hook::UplinkEgress)
+    to_outside::<ETHERNET_HEADER>(&context)
 }
 
 /// Requests, at the ingress of an uplink without link-layer header (WireGuard, tun, IP tunnels).
@@ -43,7 +43,7 @@ pub(crate) fn proxier_req_l3(context: TcContext) -> i32 {
 /// Replies, at the egress of an uplink without link-layer header. Requests of the node itself.
 #[classifier]
 pub(crate) fn proxier_rep_l3(context: TcContext) -> i32 {
-    to_outside::<NO_LINK_HEADER>(&context, Hook::UplinkEgress)
+    to_outside::<NO_LINK_HEADER>(&context)
 }
 
 /// Requests of a pod on this node, at the ingress of the pod's host-side link. Replies to the node itself.
@@ -63,7 +63,12 @@ pub(crate) fn proxier_pod_in(context: TcContext) -> i32 {
 /// own address.
 #[classifier]
 pub(crate) fn proxier_pod_out(context: TcContext) -> i32 {
-    to_outside::<ETHERNET_HEADER>(&context, Hook::PodEgress)
+    let mut packet = Skb::<ETHERNET_HEADER>::new(&context);
+    if packet.is_made_here() {
+        proxier_ebpf::straight_to_pod(&packet, &KernelTables);
+    }
+    let verdict = proxier_ebpf::reply(&mut packet, &KernelTables, DELIVERY_STACK);
+    action::<ETHERNET_HEADER>(&context, verdict, Hook::PodEgress, through_stack)
 }
 
 #[inline(always)]
@@ -73,18 +78,18 @@ fn from_outside<const LINK_HEADER: u32>(context: &TcContext) -> i32 {
     action::<LINK_HEADER>(context, verdict, Hook::UplinkIngress, through_stack)
 }
 
-/// Outside of the node's stack, that is: where its packets leave.
 #[inline(always)]
-fn to_outside<const LINK_HEADER: u32>(context: &TcContext, hook: Hook) -> i32 {
+fn to_outside<const LINK_HEADER: u32>(context: &TcContext) -> i32 {
+    const HOOK: Hook = Hook::UplinkEgress;
     let mut packet = Skb::<LINK_HEADER>::new(context);
     if packet.is_made_here() {
         let verdict = proxier_ebpf::request(&mut packet, &KernelTables, Origin::Node);
         if verdict != Verdict::Next {
-            return action::<LINK_HEADER>(context, verdict, hook, to_pod_or_back::<LINK_HEADER>);
+            return action::<LINK_HEADER>(context, verdict, HOOK, to_pod_or_back::<LINK_HEADER>);
         }
     }
     let verdict = proxier_ebpf::reply(&mut packet, &KernelTables, DELIVERY_STACK);
-    action::<LINK_HEADER>(context, verdict, hook, through_stack)
+    action::<LINK_HEADER>(context, verdict, HOOK, through_stack)
 }
 
 /// Where a request of the node itself goes. If it does not fit there, an error comes back instead.
