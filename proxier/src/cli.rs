@@ -310,8 +310,7 @@ fn file(arguments: FileArgs) -> anyhow::Result<()> {
             .await
         }),
         SinkCommand::ToJson(sink) => runtime.block_on(async {
-            // Whoever reads the lines gets the source ranges as well.
-            let settings = Settings { source_ranges: true, ..settings(node.clone(), sink.externals) };
+            let settings = settings(node.clone(), sink.externals);
             let mut json = JsonSink::new(Box::new(io::stdout()), node, sink.pretty);
             let until = if sink.once { Until::FirstApply } else { Until::Signalled };
             // The lines may be read anywhere, so what this host's interfaces have does not matter.

@@ -10,8 +10,9 @@
 //! 1. external addresses that nobody is to have are withdrawn, and the Service's name, its pods and their own addresses
 //!    noted: what a pod sends is a reply only while `pods` has it;
 //! 2. the next generation of `backends` is written beside the one in force;
-//! 3. `members` is brought up to date: a session is checked against it only once its generation has passed;
-//! 4. one write of `services` per address switches to the new generation.
+//! 3. so is the next generation of `sources`, should the source ranges have changed;
+//! 4. `members` is brought up to date: a session is checked against it only once its generation has passed;
+//! 5. one write of `services` per address switches to the new generations.
 //!
 //! Services that are gone come next, so that their addresses have been taken over. Then, after every packet that has
 //! seen the old state is done, what nothing leads to any more is removed; then flows and sessions of what went are
@@ -23,18 +24,25 @@ use std::{
 };
 
 use proxier_common::{
-    Address, BackendKey, BackendValue, ExternalKey, MAX_NAME, MEMBER_DRAINING, MemberKey, MemberValue,
-    NameValue, PodKey, PodValue, SERVICE_IS_NODE, SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND, ServiceValue,
+    Address, BackendKey, BackendValue, ExternalKey, MEMBER_DRAINING, MemberKey, MemberValue, NameValue,
+    PodKey, PodValue, SERVICE_BALANCE_FLOW, SERVICE_IS_NODE, SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND,
+    ServiceValue,
 };
 
-use crate::{
-    desired::{Desired, DesiredService, NoBackend, ServiceKey},
-    model::{Family, ObjectName},
-};
+use crate::desired::{Balance, Desired, DesiredService, NoBackend, ServiceKey};
 
+mod names;
 mod pods;
+mod sources;
 
-use self::pods::{Leads, Paths};
+use self::{
+    names::Ids,
+    pods::{Leads, Paths},
+};
+pub use self::{
+    names::{decode_name, encode_name},
+    sources::SourceRange,
+};
 
 /// The tables that only user space writes, as they are.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -47,6 +55,8 @@ pub struct Actual {
     pub members: BTreeMap<MemberKey, MemberValue>,
     /// The map `pods`.
     pub pods: BTreeMap<PodKey, PodValue>,
+    /// The map `sources`.
+    pub sources: BTreeSet<SourceRange>,
     /// The map `names`.
     pub names: BTreeMap<u32, NameValue>,
 }
@@ -58,6 +68,8 @@ pub enum Step {
     PutName(u32, NameValue),
     /// Writes a backend of a generation that is not in force yet.
     PutBackend(BackendKey, BackendValue),
+    /// Writes a source range of a generation that is not in force yet.
+    PutSource(SourceRange),
     /// Lets a pod belong to a Service.
     PutMember(MemberKey, MemberValue),
     /// Ends that.
@@ -74,6 +86,8 @@ pub enum Step {
     Grace,
     /// Removes a backend of a generation that is no longer in force.
     RemoveBackend(BackendKey),
+    /// Removes a source range of a generation that is no longer in force.
+    RemoveSource(SourceRange),
     /// Removes every flow whose pod is no member of the Service that has its external address now, and every session of
     /// which neither the pod nor the former one is.
     Sweep,
@@ -119,6 +133,12 @@ impl Actual {
             }
             Step::PutBackend(key, value) => {
                 self.backends.insert(key, value);
+            }
+            Step::PutSource(range) => {
+                self.sources.insert(range);
+            }
+            Step::RemoveSource(range) => {
+                self.sources.remove(&range);
             }
             Step::PutMember(key, value) => {
                 self.members.insert(key, value);
@@ -182,6 +202,12 @@ impl Actual {
                 } else {
                     NoBackend::Pass
                 },
+                balance: if value.flags & SERVICE_BALANCE_FLOW == 0 {
+                    Balance::Client
+                } else {
+                    Balance::Flow
+                },
+                sources: sources::in_force(value, self),
             });
             service.externals.insert(external.external.to_ip());
         }
@@ -205,6 +231,7 @@ impl Actual {
             .chain(self.services.values().map(|value| value.service_id))
             .chain(self.backends.keys().map(|key| key.service_id))
             .chain(self.members.keys().map(|key| key.service_id))
+            .chain(self.sources.iter().map(|range| range.key.service_id))
             .filter(|id| *id != NO_SERVICE)
             .collect()
     }
@@ -223,45 +250,6 @@ const fn own_address(flags: u32) -> ServiceValue {
         flags,
         source_generation: 0,
     }
-}
-
-/// The form in which `names` keeps a Service.
-#[must_use]
-pub fn encode_name(key: &ServiceKey) -> NameValue {
-    NameValue {
-        namespace: padded(&key.service.namespace),
-        name: padded(&key.service.name),
-        family: match key.family {
-            Family::V4 => 4,
-            Family::V6 => 6,
-        },
-    }
-}
-
-/// The Service that an entry of `names` stands for; `None` if it is not one that [`encode_name`] wrote.
-#[must_use]
-pub fn decode_name(value: &NameValue) -> Option<ServiceKey> {
-    let text = |bytes: &[u8]| {
-        let end = bytes.iter().position(|byte| *byte == 0)?;
-        std::str::from_utf8(&bytes[..end]).ok().map(ToOwned::to_owned)
-    };
-    Some(ServiceKey {
-        service: ObjectName { namespace: text(&value.namespace)?, name: text(&value.name)? },
-        family: match value.family {
-            4 => Family::V4,
-            6 => Family::V6,
-            _ => return None,
-        },
-    })
-}
-
-/// Cuts at [`MAX_NAME`] bytes: the API server accepts none longer, a manifest from a file could hold one.
-fn padded(text: &str) -> [u8; MAX_NAME + 1] {
-    let mut bytes = [0; MAX_NAME + 1];
-    for (to, from) in bytes[..MAX_NAME].iter_mut().zip(text.bytes()) {
-        *to = from;
-    }
-    bytes
 }
 
 impl<'a> Plan<'a> {
@@ -382,6 +370,8 @@ impl<'a> Plan<'a> {
                 Step::PutBackend(BackendKey { service_id: id, generation, slot }, BackendValue { pod })
             }));
         }
+        let (source_generation, unwritten) = sources::generation_for(id, service.sources.as_ref(), actual);
+        steps.extend(unwritten.into_iter().map(Step::PutSource));
         let member_key = |pod: &Address| MemberKey { pod: *pod, service_id: id, padding: 0 };
         for (pod, flags) in &wanted {
             // Who has been there all along stays as old as he was.
@@ -402,11 +392,8 @@ impl<'a> Plan<'a> {
             generation,
             backend_count: u32::try_from(pods.len()).unwrap_or(u32::MAX),
             affinity_timeout: service.affinity_timeout,
-            flags: match service.no_backend {
-                NoBackend::Drop => 0,
-                NoBackend::Pass => SERVICE_PASS_WITHOUT_BACKEND,
-            },
-            source_generation: 0,
+            flags: flags_of(service),
+            source_generation,
         };
         let mut externals: BTreeSet<ExternalKey> =
             service.externals.iter().copied().map(external_key).collect();
@@ -438,7 +425,7 @@ impl<'a> Plan<'a> {
             .collect()
     }
 
-    /// Backends that no address leads to, pods that belong to no Service, and addresses that are nobody's any more. Of the
+    /// Backends that no address leads to, source ranges that none asks for, pods that belong to no Service, and addresses that are nobody's any more. Of the
     /// pods that stay, what leads to them now.
     fn retirement(&self, actual: &Actual) -> Vec<Step> {
         let in_force: BTreeSet<(u32, u32)> =
@@ -464,7 +451,8 @@ impl<'a> Plan<'a> {
                 flags => Some(Step::PutService(*key, own_address(flags))),
             }
         });
-        let retired: Vec<Step> = backends.chain(pods).chain(addresses).collect();
+        let ranges = sources::out_of_force(actual).map(Step::RemoveSource);
+        let retired: Vec<Step> = backends.chain(ranges).chain(pods).chain(addresses).collect();
         if retired.is_empty() { retired } else { [Step::Grace].into_iter().chain(retired).collect() }
     }
 
@@ -485,32 +473,6 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// Which id stands for which Service: the one it has, or the lowest that nothing uses.
-struct Ids {
-    known: BTreeMap<ServiceKey, u32>,
-    used: BTreeSet<u32>,
-    given: BTreeSet<u32>,
-}
-
-impl Ids {
-    fn new(actual: &Actual) -> Self {
-        let known = actual.names.iter().filter_map(|(id, value)| Some((decode_name(value)?, *id))).collect();
-        Self { known, used: actual.ids(), given: BTreeSet::new() }
-    }
-
-    fn of(&mut self, key: &ServiceKey) -> u32 {
-        if let Some(id) = self.known.get(key) {
-            return *id;
-        }
-        let mut id = 1;
-        while self.used.contains(&id) || self.given.contains(&id) {
-            id += 1;
-        }
-        self.given.insert(id);
-        id
-    }
-}
-
 fn external_key(external: IpAddr) -> ExternalKey {
     ExternalKey { external: external.into() }
 }
@@ -522,7 +484,9 @@ fn removal(id: u32, actual: &Actual) -> Vec<Step> {
 
 /// Whether nothing but its name is left of a Service.
 fn is_gone(id: u32, actual: &Actual) -> bool {
-    removal(id, actual).is_empty() && actual.backends.range(all_backends_of(id)).next().is_none()
+    removal(id, actual).is_empty()
+        && actual.backends.range(all_backends_of(id)).next().is_none()
+        && sources::of_service(id, actual).next().is_none()
 }
 
 /// The addresses that lead to Service `id` now.
@@ -536,6 +500,19 @@ fn all_backends_of(id: u32) -> std::ops::RangeInclusive<BackendKey> {
         generation: u32::MAX,
         slot: u32::MAX,
     }
+}
+
+/// [`ServiceValue::flags`] of an external address.
+const fn flags_of(service: &DesiredService) -> u32 {
+    let no_backend = match service.no_backend {
+        NoBackend::Drop => 0,
+        NoBackend::Pass => SERVICE_PASS_WITHOUT_BACKEND,
+    };
+    let balance = match service.balance {
+        Balance::Client => 0,
+        Balance::Flow => SERVICE_BALANCE_FLOW,
+    };
+    no_backend | balance
 }
 
 fn slots(pods: &BTreeSet<Address>) -> impl Iterator<Item = (u32, Address)> {

@@ -2,13 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use proxier_common::{Address, PodValue};
+use proxier_common::{Address, PodValue, SERVICE_BALANCE_FLOW};
 
 use super::{Actual, NO_SERVICE};
 use crate::desired::DesiredService;
 
 /// Bits of `SERVICE_*` that a pod has from the external address that leads to it.
-const FLAGS: u32 = proxier_common::SERVICE_BALANCE_FLOW;
+const FLAGS: u32 = SERVICE_BALANCE_FLOW;
 
 /// The external addresses that lead to a pod.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -69,7 +69,8 @@ impl Paths {
     /// Adds what Service `id` is to have. Each of its addresses may lead to each of its pods then, those that it has and
     /// those that it is to have: between the steps that change them there are such moments.
     pub(super) fn add(&mut self, id: u32, service: &DesiredService) {
-        let externals = service.externals.iter().map(|external| (Address::from(*external), 0));
+        let flags = super::flags_of(service);
+        let externals = service.externals.iter().map(|external| (Address::from(*external), flags));
         self.externals.entry(id).or_default().extend(externals);
         self.pods.extend(service.pods.union(&service.draining).map(|pod| (Address::from(*pod), id)));
     }

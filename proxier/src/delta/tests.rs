@@ -1,6 +1,9 @@
+use ipnet::IpNet;
 use proptest::prelude::*;
+use proxier_common::SourceKey;
 
 use super::*;
+use crate::model::{Family, ObjectName};
 
 fn key(name: &str, family: Family) -> ServiceKey {
     ServiceKey { service: ObjectName { namespace: "default".into(), name: name.into() }, family }
@@ -14,7 +17,14 @@ fn service(externals: &[&str], pods: &[&str]) -> DesiredService {
         draining: BTreeSet::new(),
         affinity_timeout: 10_800,
         no_backend: NoBackend::Drop,
+        balance: Balance::Client,
+        sources: None,
     }
+}
+
+fn only_from(ranges: &[&str], service: DesiredService) -> DesiredService {
+    let sources = Some(ranges.iter().map(|range| range.parse().unwrap()).collect());
+    DesiredService { sources, ..service }
 }
 
 fn desired<const N: usize>(services: [(ServiceKey, DesiredService); N]) -> Desired {
@@ -300,6 +310,112 @@ fn a_pod_that_an_interrupted_change_still_leads_to_stays_known() {
 }
 
 #[test]
+fn source_ranges_are_there_before_they_count_and_go_when_they_no_longer_do() {
+    let web = || service(&["10.0.0.1"], &["11.0.0.1"]);
+    let with = |ranges: &[&str]| desired([(key("a", Family::V4), only_from(ranges, web()))]);
+    let mut actual = Actual::default();
+    carry_out(&with(&["192.0.2.0/24"]), &mut actual);
+    let steps = steps(&with(&["192.0.2.0/24", "198.51.100.0/24"]), &actual);
+    let kinds: Vec<&str> = steps
+        .iter()
+        .map(|step| match step {
+            Step::PutSource(_) => "range",
+            Step::PutService(..) => "service",
+            Step::Grace => "grace",
+            Step::RemoveSource(_) => "remove range",
+            _ => "other",
+        })
+        .collect();
+    assert_eq!(kinds, ["range", "range", "service", "grace", "remove range"], "{steps:?}");
+}
+
+#[test]
+fn source_ranges_have_a_generation_of_their_own() {
+    let mut generations = Vec::new();
+    let mut actual = Actual::default();
+    let everybody: Option<&[&str]> = None;
+    for (ranges, pods) in [
+        (everybody, ["11.0.0.1", "11.0.0.2"]),
+        (Some(&["192.0.2.0/24"]), ["11.0.0.1", "11.0.0.2"]),
+        // Other pods, the same ranges.
+        (Some(&["192.0.2.0/24"]), ["11.0.0.1", "11.0.0.3"]),
+        // Nobody.
+        (Some(&[]), ["11.0.0.1", "11.0.0.3"]),
+        (Some(&[]), ["11.0.0.1", "11.0.0.2"]),
+        (Some(&["192.0.2.0/24"]), ["11.0.0.1", "11.0.0.2"]),
+        (everybody, ["11.0.0.1", "11.0.0.2"]),
+        (Some(&[]), ["11.0.0.1", "11.0.0.2"]),
+    ] {
+        let web = service(&["10.0.0.1"], &pods);
+        let web = ranges.map_or_else(|| web.clone(), |ranges| only_from(ranges, web.clone()));
+        let desired = desired([(key("a", Family::V4), web)]);
+        carry_out(&desired, &mut actual);
+        assert_eq!(actual.in_force(), desired);
+        let value = actual.services[&external_key("10.0.0.1".parse().unwrap())];
+        generations.push((value.source_generation, value.generation, actual.sources.len()));
+    }
+    assert_eq!(
+        generations,
+        [(0, 1, 0), (1, 1, 1), (1, 2, 1), (2, 2, 0), (2, 3, 0), (3, 3, 1), (0, 3, 0), (1, 3, 0)]
+    );
+}
+
+#[test]
+fn a_range_of_either_family_survives_the_round_trip() {
+    for range in
+        ["0.0.0.0/0", "192.0.2.0/24", "192.0.2.7/32", "::/0", "2001:db8::/32", "2001:db8::7/128", "::/96"]
+    {
+        let mut actual = Actual::default();
+        let family = if range.contains(':') { Family::V6 } else { Family::V4 };
+        let desired = desired([(key("a", family), only_from(&[range], service(&["10.0.0.1"], &[])))]);
+        carry_out(&desired, &mut actual);
+        assert_eq!(actual.in_force(), desired, "{range}");
+        let entry = actual.sources.first().unwrap();
+        assert!(entry.bits <= SourceKey::BITS && entry.bits >= SourceKey::BITS_BEFORE_ADDRESS, "{entry:?}");
+    }
+}
+
+#[test]
+fn ranges_that_could_not_all_be_written_never_count() {
+    let web = || service(&["10.0.0.1"], &["11.0.0.1"]);
+    let before = desired([(key("a", Family::V4), web())]);
+    let after = desired([(key("a", Family::V4), only_from(&["192.0.2.0/24", "198.51.100.0/24"], web()))]);
+    let mut actual = Actual::default();
+    carry_out(&before, &mut actual);
+    let plan = Plan::new(&after, &actual, false);
+    for task in plan.tasks() {
+        for (nth, step) in plan.steps(*task, &actual).iter().enumerate() {
+            if matches!(step, Step::PutSource(_)) && nth == 1 {
+                break;
+            }
+            actual.apply(step);
+        }
+    }
+    assert_eq!(actual.in_force(), before);
+    assert_eq!(actual.sources, [].into(), "what was written of them is removed");
+    carry_out(&after, &mut actual);
+    assert_eq!(actual.in_force(), after);
+}
+
+#[test]
+fn a_pod_has_the_balance_of_its_address_while_that_is_in_force() {
+    let client = desired([(key("a", Family::V4), service(&["10.0.0.1"], &["11.0.0.1"]))]);
+    let flow = desired([(
+        key("a", Family::V4),
+        DesiredService { balance: Balance::Flow, ..service(&["10.0.0.1"], &["11.0.0.1", "11.0.0.2"]) },
+    )]);
+    let mut actual = Actual::default();
+    let mut flags = Vec::new();
+    for desired in [&client, &flow, &client] {
+        carry_out(desired, &mut actual);
+        let of_service = actual.services[&external_key("10.0.0.1".parse().unwrap())].flags;
+        flags.push((of_service, actual.pods.values().map(|pod| pod.flags).collect::<Vec<_>>()));
+    }
+    let balance = SERVICE_BALANCE_FLOW;
+    assert_eq!(flags, [(0, vec![0]), (balance, vec![balance, balance]), (0, vec![0])]);
+}
+
+#[test]
 fn an_address_of_the_node_is_marked_unless_it_is_an_external_one() {
     let node = |addresses: &[&str], services: Desired| Desired {
         node_addresses: addresses.iter().map(|text| text.parse().unwrap()).collect(),
@@ -389,38 +505,43 @@ fn any_desired() -> impl Strategy<Value = Desired> {
     let owner = prop::option::of(0..4_usize);
     let pods = (prop::collection::btree_set(1..6_u8, 0..4), prop::collection::btree_set(1..6_u8, 0..2));
     let node = prop::collection::btree_set((10..12_u8, 1..8_u8), 0..4);
-    (prop::collection::vec(owner, 5), prop::collection::vec((pods, 1..3_u32), 4), node).prop_map(
-        |(owners, services, node)| {
-            let node_addresses = node.into_iter().map(|(net, n)| IpAddr::from([net, 0, 0, n])).collect();
-            let mut desired = Desired { node_addresses, ..Desired::default() };
-            for (index, ((pods, draining), timeout)) in services.into_iter().enumerate() {
-                let externals: BTreeSet<IpAddr> = (1..)
-                    .zip(&owners)
-                    .filter(|(_, owner)| **owner == Some(index))
-                    .map(|(n, _): (u8, _)| IpAddr::from([10, 0, 0, n]))
-                    .collect();
-                if externals.is_empty() {
-                    continue;
-                }
-                desired.services.insert(
-                    key(&format!("s{index}"), Family::V4),
-                    DesiredService {
-                        externals,
-                        pods: pods.into_iter().map(|n| IpAddr::from([11, 0, 0, n])).collect(),
-                        draining: draining.into_iter().map(|n| IpAddr::from([11, 0, 0, n])).collect(),
-                        affinity_timeout: timeout,
-                        no_backend: NoBackend::Drop,
-                    },
-                );
+    let sources = prop::option::of(prop::collection::btree_set(0..3_u8, 0..3));
+    let services = prop::collection::vec((pods, 1..3_u32, any::<bool>(), sources), 4);
+    (prop::collection::vec(owner, 5), services, node).prop_map(|(owners, services, node)| {
+        let node_addresses = node.into_iter().map(|(net, n)| IpAddr::from([net, 0, 0, n])).collect();
+        let mut desired = Desired { node_addresses, ..Desired::default() };
+        for (index, ((pods, draining), timeout, flow, sources)) in services.into_iter().enumerate() {
+            let externals: BTreeSet<IpAddr> = (1..)
+                .zip(&owners)
+                .filter(|(_, owner)| **owner == Some(index))
+                .map(|(n, _): (u8, _)| IpAddr::from([10, 0, 0, n]))
+                .collect();
+            if externals.is_empty() {
+                continue;
             }
-            desired
-        },
-    )
+            desired.services.insert(
+                key(&format!("s{index}"), Family::V4),
+                DesiredService {
+                    externals,
+                    pods: pods.into_iter().map(|n| IpAddr::from([11, 0, 0, n])).collect(),
+                    draining: draining.into_iter().map(|n| IpAddr::from([11, 0, 0, n])).collect(),
+                    affinity_timeout: timeout,
+                    no_backend: NoBackend::Drop,
+                    balance: if flow { Balance::Flow } else { Balance::Client },
+                    sources: sources.map(|nets| {
+                        nets.into_iter().map(|n| format!("192.0.{n}.0/24").parse().unwrap()).collect()
+                    }),
+                },
+            );
+        }
+        desired
+    })
 }
 
 proptest! {
     /// Writes fail at random; the rest of their task is left out, as the sink does. At no moment does an address
-    /// lead to a backend or pod that is not there, and once writes work again the tables are as desired.
+    /// lead to a backend or pod that is not there, or is open to others than its Service has at some time asked for; and
+    /// once writes work again the tables are as desired.
     #[test]
     fn any_change_under_failing_writes_converges(
         states in prop::collection::vec(any_desired(), 1..6),
@@ -428,7 +549,11 @@ proptest! {
     ) {
         let mut actual = Actual::default();
         let mut failures = failures.into_iter().cycle();
+        let mut asked_for: BTreeMap<&ServiceKey, Vec<&Option<BTreeSet<IpNet>>>> = BTreeMap::new();
         for desired in &states {
+            for (key, service) in &desired.services {
+                asked_for.entry(key).or_default().push(&service.sources);
+            }
             let plan = Plan::new(desired, &actual, false);
             for task in plan.tasks() {
                 for step in plan.steps(*task, &actual) {
@@ -437,6 +562,11 @@ proptest! {
                     }
                     actual.apply(&step);
                     assert_consistent(&actual);
+                    for value in actual.services.values().filter(|value| value.service_id != NO_SERVICE) {
+                        let name = decode_name(&actual.names[&value.service_id]).unwrap();
+                        let sources = sources::in_force(value, &actual);
+                        prop_assert!(asked_for[&name].contains(&&sources), "{name:?} never asked for {sources:?}");
+                    }
                 }
             }
         }
@@ -453,6 +583,16 @@ proptest! {
         });
         prop_assert_eq!(&members, &expected.collect());
         prop_assert_eq!(known_pods(&actual), wanted_pods(last));
+        // A pod that is among both takes new conversations.
+        let mut said = last.services.clone();
+        said.values_mut().for_each(|service| service.draining.retain(|pod| !service.pods.contains(pod)));
+        prop_assert_eq!(actual.in_force().services, said);
+        for (key, pod) in actual.pods.iter().filter(|(_, pod)| pod.external != Address::UNSPECIFIED) {
+            let of_service = actual.services[&ExternalKey { external: pod.external }].flags;
+            prop_assert_eq!(pod.flags, of_service & SERVICE_BALANCE_FLOW, "{}", key.pod);
+        }
+        let ranges = last.services.values().flat_map(|service| &service.sources).map(BTreeSet::len);
+        prop_assert_eq!(actual.sources.len(), ranges.sum::<usize>());
         let mut own: BTreeMap<IpAddr, u32> =
             members.into_iter().map(|(_, pod)| (pod, SERVICE_IS_POD)).collect();
         for address in last.node_addresses.iter().filter(|address| !wanted(last).contains_key(address)) {

@@ -16,6 +16,7 @@ use crate::{
 };
 
 pub mod ownership;
+mod policy;
 pub mod select;
 
 /// One Service in one address family: what shares backends, sessions and an id in the kernel.
@@ -37,6 +38,27 @@ pub enum NoBackend {
     Pass,
 }
 
+/// What stays on one pod.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Balance {
+    /// All that a client says: protocols like FTP and SIP span several conversations.
+    #[default]
+    Client,
+    /// One conversation of a client.
+    Flow,
+}
+
+impl Balance {
+    /// The name that the annotation and commands have for it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Client => "client",
+            Self::Flow => "flow",
+        }
+    }
+}
+
 /// What the kernel should do for one [`ServiceKey`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DesiredService {
@@ -51,6 +73,10 @@ pub struct DesiredService {
     pub affinity_timeout: u32,
     /// What happens without pods.
     pub no_backend: NoBackend,
+    /// What stays on one pod.
+    pub balance: Balance,
+    /// Who may send; `None` for everybody. All of the key's family: empty for nobody of it.
+    pub sources: Option<BTreeSet<IpNet>>,
 }
 
 impl DesiredService {
@@ -97,8 +123,6 @@ pub struct Settings {
     pub external_ips: bool,
     /// Whether `status.loadBalancer.ingress` counts.
     pub load_balancer_ips: bool,
-    /// Whether the sink enforces `spec.loadBalancerSourceRanges`, or passes them on to something that does.
-    pub source_ranges: bool,
 }
 
 impl Settings {
@@ -113,13 +137,9 @@ impl Settings {
             external_cidrs: Vec::new(),
             external_ips: true,
             load_balancer_ips: true,
-            source_ranges: false,
         }
     }
 }
-
-/// An annotation of a Service: how clients are spread over its pods.
-const BALANCE_ANNOTATION: &str = "proxier.io/balance";
 
 /// Works out what this node should have, and what of it cannot be.
 ///
@@ -129,7 +149,7 @@ pub fn compute(catalog: &Catalog, settings: &Settings) -> (Desired, Vec<Problem>
     let mut problems = Vec::new();
     let mut claims = Vec::new();
     for service in catalog.services() {
-        if may_be_served(service, settings, &mut problems) {
+        if may_be_served(service, &mut problems) {
             claims.extend(ownership::claims(service, settings, &mut problems));
         }
     }
@@ -138,6 +158,7 @@ pub fn compute(catalog: &Catalog, settings: &Settings) -> (Desired, Vec<Problem>
     let mut desired = Desired { node_addresses: node_addresses(settings), ..Desired::default() };
     for (service, externals) in owned {
         problems.extend(without_endpoints(catalog, service, settings));
+        let balance = policy::balance(service, &mut problems);
         for family in Family::ALL {
             let externals: BTreeSet<_> =
                 externals.iter().copied().filter(|address| Family::of(*address) == family).collect();
@@ -157,6 +178,8 @@ pub fn compute(catalog: &Catalog, settings: &Settings) -> (Desired, Vec<Problem>
                     draining,
                     affinity_timeout: service.affinity_timeout(),
                     no_backend: settings.no_backend,
+                    balance,
+                    sources: policy::sources(service, family, &mut problems),
                 },
             );
         }
@@ -176,42 +199,16 @@ fn node_addresses(settings: &Settings) -> BTreeSet<IpAddr> {
 }
 
 /// Whether proxier can do what the Service asks for. What it cannot do must not be left out silently.
-fn may_be_served(service: &Service, settings: &Settings, problems: &mut Vec<Problem>) -> bool {
-    let subject = || Subject::Object(ObjectId::Service(service.name.clone()));
+fn may_be_served(service: &Service, problems: &mut Vec<Problem>) -> bool {
     if service.service_type == ServiceType::ExternalName {
         problems.push(
             Problem::new(
                 Severity::Warning,
-                subject(),
+                Subject::Object(ObjectId::Service(service.name.clone())),
                 "is a DNS alias without pods: none of its addresses is taken",
                 "give it another type",
             )
             .in_field("spec.type", service.service_type.to_string()),
-        );
-        return false;
-    }
-    if let Some(balance) = service.annotations.get(BALANCE_ANNOTATION).filter(|balance| *balance != "client")
-    {
-        problems.push(
-            Problem::new(
-                Severity::Warning,
-                subject(),
-                "is not supported by this version: a client stays on its pod",
-                "take the annotation away, or leave it for a later version",
-            )
-            .in_field(format!("metadata.annotations[{BALANCE_ANNOTATION}]"), balance),
-        );
-    }
-    if service.has_source_ranges && !settings.source_ranges {
-        // Serving it all the same would open to everybody what its owner meant to restrict.
-        problems.push(
-            Problem::new(
-                Severity::Warning,
-                subject(),
-                "cannot be enforced by this version: none of its addresses is taken",
-                "take the ranges away and restrict clients by a NetworkPolicy or firewall instead",
-            )
-            .in_field("spec.loadBalancerSourceRanges", ""),
         );
         return false;
     }

@@ -129,16 +129,84 @@ fn the_timeout_of_client_ip_affinity_is_the_services() {
     assert_eq!(desired([web.into()]).0.services[&key("web", Family::V4)].affinity_timeout, 77);
 }
 
+/// A Service of both families that names these source ranges, and what becomes of them.
+fn sources_of(ranges: &[&str]) -> ([Option<Vec<String>>; 2], Vec<String>) {
+    let web = Service {
+        source_ranges: ranges.iter().filter_map(|range| range.parse().ok()).collect(),
+        has_source_ranges: !ranges.is_empty(),
+        ..mk_service("web", ["10.0.0.55", "1000::55"])
+    };
+    let (desired, problems) = desired([
+        web.into(),
+        mk_slice("web-4", "web", [mk_endpoint("11.0.2.2", "node1")]).into(),
+        mk_slice("web-6", "web", [mk_endpoint("1100::202", "node1")]).into(),
+    ]);
+    let texts = |sources: &BTreeSet<IpNet>| sources.iter().map(ToString::to_string).collect();
+    let sources = Family::ALL.map(|family| desired.services[&key("web", family)].sources.as_ref().map(texts));
+    (sources, problems.iter().map(ToString::to_string).collect())
+}
+
 #[test]
-fn a_service_whose_source_ranges_cannot_be_enforced_is_not_opened_to_everybody() {
-    let web = Service { has_source_ranges: true, ..mk_service("web", ["10.0.0.55"]) };
-    let (desired, problems) = desired([web.into()]);
-    assert_eq!(desired, Desired::default());
-    assert!(
-        problems[0].to_string().contains("spec.loadBalancerSourceRanges cannot be enforced"),
-        "{}",
-        problems[0]
+fn each_family_has_its_own_source_ranges() {
+    assert_eq!(sources_of(&[]), ([None, None], vec![]));
+    let some = |ranges: &[&str]| Some(ranges.iter().map(|range| (*range).to_owned()).collect::<Vec<_>>());
+    assert_eq!(
+        sources_of(&["192.0.2.0/24", "2001:db8::/32", "198.51.100.7/32"]),
+        ([some(&["192.0.2.0/24", "198.51.100.7/32"]), some(&["2001:db8::/32"])], vec![])
     );
+}
+
+#[test]
+fn a_family_without_source_ranges_is_closed_if_the_other_has_some_and_so_are_both_if_none_parses() {
+    let (sources, problems) = sources_of(&["192.0.2.0/24"]);
+    assert_eq!(sources, [Some(vec!["192.0.2.0/24".to_owned()]), Some(vec![])]);
+    assert_eq!(
+        problems,
+        [
+            "Service default/web: spec.loadBalancerSourceRanges names no IPv6 network: nobody may send to the external \
+             IPv6 addresses; add one, or take the IPv6 addresses away"
+        ]
+    );
+    let (sources, problems) = sources_of(&["oops"]);
+    assert_eq!(sources, [Some(vec![]), Some(vec![])]);
+    assert_eq!(problems.len(), 2, "{problems:?}");
+}
+
+#[test]
+fn the_annotation_says_what_stays_on_one_pod_unless_it_is_nonsense_or_contradicted() {
+    let affinity = SessionAffinity::ClientIp { timeout_seconds: 60 };
+    for (annotation, session_affinity, expected, complaint) in [
+        (None, SessionAffinity::None, Balance::Client, None),
+        (Some("client"), SessionAffinity::None, Balance::Client, None),
+        (Some("client"), affinity, Balance::Client, None),
+        (Some("flow"), SessionAffinity::None, Balance::Flow, None),
+        (
+            Some("flow"),
+            affinity,
+            Balance::Client,
+            Some(
+                "\"flow\" contradicts spec.sessionAffinity ClientIP, which counts: a client stays on its pod; take one \
+                 of the two away",
+            ),
+        ),
+        (
+            Some("random"),
+            SessionAffinity::None,
+            Balance::Client,
+            Some("\"random\" is not a way to balance: a client stays on its pod; write client or flow"),
+        ),
+    ] {
+        let annotations =
+            annotation.map(|value| ("proxier.io/balance".to_owned(), value.to_owned())).into_iter().collect();
+        let web = Service { annotations, session_affinity, ..mk_service("web", ["10.0.0.55"]) };
+        let slice = mk_slice("web-4", "web", [mk_endpoint("11.0.2.2", "node1")]);
+        let (desired, problems) = desired([web.into(), slice.into()]);
+        assert_eq!(desired.services[&key("web", Family::V4)].balance, expected, "{annotation:?}");
+        let texts: Vec<String> = problems.iter().map(ToString::to_string).collect();
+        let start = "Service default/web: metadata.annotations[proxier.io/balance] ";
+        let expected = complaint.map(|complaint| format!("{start}{complaint}"));
+        assert_eq!(texts, Vec::from_iter(expected));
+    }
 }
 
 #[test]

@@ -95,7 +95,10 @@ fn list(addresses: &BTreeSet<IpAddr>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Family, testing::mk_name};
+    use crate::{
+        desired::Balance,
+        model::{Family, testing::mk_name},
+    };
 
     fn state(services: &[(&str, &[&str])]) -> Desired {
         Desired {
@@ -109,6 +112,8 @@ mod tests {
                         draining: BTreeSet::new(),
                         affinity_timeout: 1,
                         no_backend: NoBackend::Drop,
+                        balance: Balance::Client,
+                        sources: None,
                     };
                     (key, service)
                 })

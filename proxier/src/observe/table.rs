@@ -4,6 +4,7 @@ use std::net::IpAddr;
 
 use anyhow::Context as _;
 use comfy_table::{Table, presets};
+use ipnet::IpNet;
 use serde::Serialize;
 
 use crate::sink::bpf::inspect::{DropRow, EndpointRow, FlowRow, ServiceRow, SessionRow};
@@ -87,6 +88,20 @@ fn socket(address: IpAddr, port: u16) -> String {
     }
 }
 
+/// Who may send. More networks than a line can hold are counted: programs read them all.
+fn sources(nets: Option<&[IpNet]>) -> String {
+    const SHOWN: usize = 5;
+    let Some(nets) = nets else { return "any".to_owned() };
+    if nets.is_empty() {
+        return "none".to_owned();
+    }
+    let mut text = nets.iter().take(SHOWN).map(ToString::to_string).collect::<Vec<_>>().join(",");
+    if nets.len() > SHOWN {
+        text += &format!(",and {} more", nets.len() - SHOWN);
+    }
+    text
+}
+
 fn dash_if_empty(text: &str) -> String {
     if text.is_empty() { "-".to_owned() } else { text.to_owned() }
 }
@@ -97,8 +112,10 @@ fn dash_if_none(number: Option<u32>) -> String {
 
 impl TableRow for ServiceRow {
     const PLURAL: &'static str = "services";
-    const COLUMNS: (&'static [&'static str], usize) =
-        (&["SERVICE", "EXTERNAL", "PODS", "NO-BACKEND", "AFFINITY", "ID", "GENERATION"], 4);
+    const COLUMNS: (&'static [&'static str], usize) = (
+        &["SERVICE", "EXTERNAL", "PODS", "NO-BACKEND", "BALANCE", "AFFINITY", "SOURCES", "ID", "GENERATION"],
+        5,
+    );
 
     fn cells(&self) -> Vec<String> {
         vec![
@@ -106,7 +123,9 @@ impl TableRow for ServiceRow {
             self.external.to_string(),
             self.backends.to_string(),
             self.no_backend.to_owned(),
+            self.balance.to_owned(),
             format!("{}s", self.affinity_timeout),
+            sources(self.sources.as_deref()),
             self.service_id.to_string(),
             self.generation.to_string(),
         ]
@@ -150,13 +169,15 @@ impl TableRow for FlowRow {
 
 impl TableRow for SessionRow {
     const PLURAL: &'static str = "sessions";
-    const COLUMNS: (&'static [&'static str], usize) = (&["SERVICE", "CLIENT", "EXTERNAL", "POD", "IDLE"], 5);
+    const COLUMNS: (&'static [&'static str], usize) =
+        (&["SERVICE", "PROTOCOL", "CLIENT", "EXTERNAL", "POD", "IDLE"], 6);
 
     fn cells(&self) -> Vec<String> {
         vec![
             service(&self.namespace, &self.name),
-            self.peer.to_string(),
-            self.external.to_string(),
+            self.protocol.clone().unwrap_or_else(|| "any".to_owned()),
+            socket(self.peer, self.peer_port),
+            socket(self.external, self.external_port),
             self.pod.to_string(),
             format!("{}s", self.idle_seconds),
         ]
@@ -193,6 +214,8 @@ mod tests {
                 backends: 2,
                 affinity_timeout: 10_800,
                 no_backend: "drop",
+                balance: if name.is_empty() { "flow" } else { "client" },
+                sources: (!name.is_empty()).then(|| vec!["192.0.2.0/24".parse().unwrap()]),
             })
             .collect()
     }
@@ -200,9 +223,9 @@ mod tests {
     #[test]
     fn a_table_has_columns_without_borders() {
         insta::assert_snapshot!(render(&rows(), Output::Table).unwrap(), @r"
-        SERVICE                EXTERNAL    PODS   NO-BACKEND
-        default/kpng-example   10.0.0.55   2      drop
-        -                      1000::55    2      drop
+        SERVICE                EXTERNAL    PODS   NO-BACKEND   BALANCE
+        default/kpng-example   10.0.0.55   2      drop         client
+        -                      1000::55    2      drop         flow
         ");
     }
 
@@ -210,7 +233,10 @@ mod tests {
     fn a_wide_table_has_more_columns() {
         let text = render(&rows(), Output::Wide).unwrap();
         let words: Vec<_> = text.lines().nth(1).unwrap().split_whitespace().collect();
-        assert_eq!(words, ["default/kpng-example", "10.0.0.55", "2", "drop", "10800s", "7", "3"]);
+        assert_eq!(
+            words,
+            ["default/kpng-example", "10.0.0.55", "2", "drop", "client", "10800s", "192.0.2.0/24", "7", "3"]
+        );
     }
 
     #[test]
@@ -221,6 +247,17 @@ mod tests {
         assert_eq!(json, yaml);
         assert_eq!(json[0]["external"], "10.0.0.55");
         assert_eq!(json[0]["serviceId"], 7);
+        assert_eq!(json[0]["sources"], serde_json::json!(["192.0.2.0/24"]));
+        assert_eq!(json[1]["sources"], serde_json::Value::Null);
+    }
+
+    #[test]
+    fn who_may_send_is_told_in_a_few_words() {
+        let nets: Vec<IpNet> = (0..7).map(|n| format!("10.{n}.0.0/16").parse().unwrap()).collect();
+        assert_eq!(sources(None), "any");
+        assert_eq!(sources(Some(&[])), "none");
+        assert_eq!(sources(Some(&nets[..2])), "10.0.0.0/16,10.1.0.0/16");
+        assert!(sources(Some(&nets)).ends_with(",10.4.0.0/16,and 2 more"), "{}", sources(Some(&nets)));
     }
 
     #[test]
@@ -278,22 +315,35 @@ mod tests {
     }
 
     #[test]
-    fn a_session_is_a_line_from_client_to_pod() {
+    fn a_session_is_a_line_from_client_to_pod_with_the_ports_if_it_is_of_one_conversation() {
         let row = SessionRow {
             namespace: "default".to_owned(),
             name: "web".to_owned(),
             external: "1000::55".parse().unwrap(),
             peer: "2000::1".parse().unwrap(),
+            protocol: None,
+            external_port: 0,
+            peer_port: 0,
             pod: "1100::202".parse().unwrap(),
             idle_seconds: 12,
         };
-        insta::assert_snapshot!(render(std::slice::from_ref(&row), Output::Table).unwrap(), @r"
-        SERVICE       CLIENT    EXTERNAL   POD         IDLE
-        default/web   2000::1   1000::55   1100::202   12s
+        let conversation = SessionRow {
+            protocol: Some("udp".to_owned()),
+            external_port: 5060,
+            peer_port: 42000,
+            ..row.clone()
+        };
+        let rows = [row, conversation];
+        insta::assert_snapshot!(render(&rows, Output::Table).unwrap(), @r"
+        SERVICE       PROTOCOL   CLIENT            EXTERNAL          POD         IDLE
+        default/web   any        2000::1           1000::55          1100::202   12s
+        default/web   udp        [2000::1]:42000   [1000::55]:5060   1100::202   12s
         ");
-        let json: serde_json::Value = serde_json::from_str(&render(&[row], Output::Json).unwrap()).unwrap();
+        let json: serde_json::Value = serde_json::from_str(&render(&rows, Output::Json).unwrap()).unwrap();
         assert_eq!(json[0]["idleSeconds"], 12);
         assert_eq!(json[0]["peer"], "2000::1");
+        assert_eq!(json[0]["protocol"], serde_json::Value::Null);
+        assert_eq!(json[1]["protocol"], "udp");
     }
 
     #[test]

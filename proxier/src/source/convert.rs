@@ -326,15 +326,23 @@ fn source_ranges(ranges: &[String], report: &mut Reporter) -> Vec<IpNet> {
     let mut converted = Vec::new();
     for (index, range) in ranges.iter().enumerate() {
         // The API allows blanks around a range.
-        match range.trim().parse::<IpNet>() {
-            Ok(net) => converted.push(net.trunc()),
-            Err(_) => report.report(
-                format!("spec.loadBalancerSourceRanges[{index}]"),
-                range,
-                "is not a network: it admits nobody",
-                "write address/length, such as 192.0.2.0/24 or 2001:db8::/32",
-            ),
-        }
+        let reason = match range.trim().parse::<IpNet>().map(|net| net.trunc()) {
+            // No packet has such a source, and the maps keep IPv4 like this.
+            Ok(IpNet::V6(net)) if net.addr().to_ipv4_mapped().is_some() => {
+                "is an IPv4 network written as IPv6: it admits nobody"
+            }
+            Ok(net) => {
+                converted.push(net);
+                continue;
+            }
+            Err(_) => "is not a network: it admits nobody",
+        };
+        report.report(
+            format!("spec.loadBalancerSourceRanges[{index}]"),
+            range,
+            reason,
+            "write address/length, such as 192.0.2.0/24 or 2001:db8::/32",
+        );
     }
     converted
 }

@@ -14,8 +14,8 @@ use std::{
 
 use anyhow::Context as _;
 use proxier_common::{
-    Address, SessionKey, SessionValue,
-    timeout::{SECOND, flow_is_over},
+    Address, SessionKey, SessionValue, TCP_ESTABLISHED, TCP_REPLIED,
+    timeout::{SECOND, flow_is_over, of_flow},
 };
 
 use super::{clock, tables::Tables};
@@ -97,16 +97,23 @@ fn pass(tables: &mut Tables) -> anyhow::Result<(usize, usize)> {
     Ok((flows, sessions))
 }
 
-/// A session of an address that nobody serves is swept by whoever withdrew the address.
+/// A session of an address that nobody serves is swept by whoever withdrew the address. One of a single conversation is of
+/// no use for longer than that can last: there may be one for every datagram of a client that asks from ever new ports.
 fn session_is_over(
     key: &SessionKey,
     session: &SessionValue,
     timeouts: &HashMap<Address, u32>,
     now: u64,
 ) -> bool {
-    timeouts
-        .get(&key.external)
-        .is_some_and(|seconds| now.saturating_sub(session.last_seen) > u64::from(*seconds) * SECOND)
+    timeouts.get(&key.external).is_some_and(|seconds| {
+        let of_client = u64::from(*seconds) * SECOND;
+        let timeout = if key.protocol == 0 {
+            of_client
+        } else {
+            of_client.min(of_flow(key.protocol, TCP_REPLIED | TCP_ESTABLISHED))
+        };
+        now.saturating_sub(session.last_seen) > timeout
+    })
 }
 
 #[derive(Default)]
@@ -127,16 +134,27 @@ impl Breath {
 mod tests {
     use std::net::IpAddr;
 
+    use proxier_common::protocol;
+
     use super::*;
 
     fn address(text: &str) -> Address {
         text.parse::<IpAddr>().unwrap().into()
     }
 
-    #[test]
-    fn a_session_is_over_when_its_services_timeout_has_passed() {
-        let timeouts = HashMap::from([(address("10.0.0.1"), 60)]);
-        let session = |last_seen| SessionValue {
+    fn key(external: &str, protocol: u8) -> SessionKey {
+        SessionKey {
+            external: address(external),
+            peer: address("192.0.2.1"),
+            external_port: 0,
+            peer_port: 0,
+            protocol,
+            padding: [0; 3],
+        }
+    }
+
+    fn session(last_seen: u64) -> SessionValue {
+        SessionValue {
             pod: address("11.0.0.1"),
             former: Address::UNSPECIFIED,
             last_seen,
@@ -145,19 +163,36 @@ mod tests {
             tcp_port: 0,
             tcp_peer_port: 0,
             padding: 0,
-        };
-        let key = |external| SessionKey {
-            external: address(external),
-            peer: address("192.0.2.1"),
-            external_port: 0,
-            peer_port: 0,
-            protocol: 0,
-            padding: [0; 3],
-        };
+        }
+    }
+
+    #[test]
+    fn a_session_is_over_when_its_services_timeout_has_passed() {
+        let timeouts = HashMap::from([(address("10.0.0.1"), 60)]);
         let now = 1_000 * SECOND;
-        assert!(!session_is_over(&key("10.0.0.1"), &session(now - 60 * SECOND), &timeouts, now));
-        assert!(session_is_over(&key("10.0.0.1"), &session(now - 60 * SECOND - 1), &timeouts, now));
-        assert!(!session_is_over(&key("10.0.0.1"), &session(now + SECOND), &timeouts, now));
-        assert!(!session_is_over(&key("10.9.9.9"), &session(0), &timeouts, now), "not ours to judge");
+        let over =
+            |external, last_seen| session_is_over(&key(external, 0), &session(last_seen), &timeouts, now);
+        assert!(!over("10.0.0.1", now - 60 * SECOND));
+        assert!(over("10.0.0.1", now - 60 * SECOND - 1));
+        assert!(!over("10.0.0.1", now + SECOND));
+        assert!(!over("10.9.9.9", 0), "not ours to judge");
+    }
+
+    #[test]
+    fn a_session_of_one_conversation_is_over_with_it() {
+        let timeouts = HashMap::from([(address("10.0.0.1"), 10_800), (address("10.0.0.2"), 100)]);
+        let now = 100_000 * SECOND;
+        for (protocol, external, seconds) in [
+            (0, "10.0.0.1", 10_800),
+            (protocol::TCP, "10.0.0.1", 7440),
+            (protocol::UDP, "10.0.0.1", 300),
+            (protocol::ICMP, "10.0.0.1", 60),
+            (47, "10.0.0.1", 600),
+            (protocol::UDP, "10.0.0.2", 100),
+        ] {
+            let over = |age| session_is_over(&key(external, protocol), &session(now - age), &timeouts, now);
+            assert!(!over(seconds * SECOND), "{protocol}");
+            assert!(over(seconds * SECOND + 1), "{protocol}");
+        }
     }
 }

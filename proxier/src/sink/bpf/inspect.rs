@@ -6,15 +6,19 @@ use std::{
     path::Path,
 };
 
+use ipnet::IpNet;
 use proxier_common::{
-    DropReason, Hook, MEMBER_DRAINING, SERVICE_IS_NODE, SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND,
-    TCP_ESTABLISHED, TCP_REPLY_FIN, TCP_REQUEST_FIN, protocol,
+    DropReason, Hook, MEMBER_DRAINING, SERVICE_BALANCE_FLOW, SERVICE_IS_NODE, SERVICE_IS_POD,
+    SERVICE_PASS_WITHOUT_BACKEND, SourceKey, TCP_ESTABLISHED, TCP_REPLY_FIN, TCP_REQUEST_FIN, protocol,
     timeout::{self, SECOND},
 };
 use serde::Serialize;
 
 use super::{clock, tables::Tables};
-use crate::{delta::decode_name, desired::ServiceKey};
+use crate::{
+    delta::decode_name,
+    desired::{Balance, ServiceKey},
+};
 
 /// An external address, as the kernel has it.
 #[derive(Clone, Debug, Serialize)]
@@ -36,6 +40,10 @@ pub struct ServiceRow {
     pub affinity_timeout: u32,
     /// What happens to packets without a pod: `drop` or `pass`.
     pub no_backend: &'static str,
+    /// What stays on one pod: all of a `client`, or a `flow`.
+    pub balance: &'static str,
+    /// The networks that may send; none for everybody.
+    pub sources: Option<Vec<IpNet>>,
 }
 
 /// What the kernel does with a pod of a Service.
@@ -105,7 +113,7 @@ pub struct FlowRow {
     pub idle_seconds: u64,
 }
 
-/// A client that stays on a pod, whatever its ports and protocols.
+/// A client that stays on a pod, whatever its ports and protocols; or one conversation that does.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct SessionRow {
@@ -117,6 +125,12 @@ pub struct SessionRow {
     pub external: IpAddr,
     /// The client's address.
     pub peer: IpAddr,
+    /// IP protocol of the conversation, by name where it has one; none if the session is the client's.
+    pub protocol: Option<String>,
+    /// The external port of the conversation, or its ICMP identifier; 0 if it has none, or the session is the client's.
+    pub external_port: u16,
+    /// The client's port, likewise.
+    pub peer_port: u16,
     /// The pod's address.
     pub pod: IpAddr,
     /// Seconds since the client last sent something. Past the Service's affinity timeout the session counts no more; it
@@ -144,6 +158,13 @@ pub struct DropRow {
 pub fn services(pin_path: &Path) -> anyhow::Result<Vec<ServiceRow>> {
     let tables = open(pin_path)?;
     let names = Names::read(&tables)?;
+    let mut sources: BTreeMap<(u32, u32), Vec<IpNet>> = BTreeMap::new();
+    for entry in tables.sources.entries() {
+        let range = entry?;
+        let SourceKey { service_id, generation, .. } = range.key;
+        sources.entry((service_id, generation)).or_default().extend(range.net());
+    }
+    sources.values_mut().for_each(|nets| nets.sort_unstable());
     let mut rows = Vec::new();
     for entry in tables.services.entries() {
         let (key, value) = entry?;
@@ -160,6 +181,11 @@ pub fn services(pin_path: &Path) -> anyhow::Result<Vec<ServiceRow>> {
             backends: value.backend_count,
             affinity_timeout: value.affinity_timeout,
             no_backend: if value.flags & SERVICE_PASS_WITHOUT_BACKEND == 0 { "drop" } else { "pass" },
+            balance: if value.flags & SERVICE_BALANCE_FLOW == 0 { Balance::Client } else { Balance::Flow }
+                .name(),
+            sources: (value.source_generation != 0).then(|| {
+                sources.get(&(value.service_id, value.source_generation)).cloned().unwrap_or_default()
+            }),
         });
     }
     rows.sort_by(|a, b| (&a.namespace, &a.name, a.external).cmp(&(&b.namespace, &b.name, b.external)));
@@ -244,8 +270,7 @@ pub fn flows(pin_path: &Path) -> anyhow::Result<Vec<FlowRow>> {
         rows.push(FlowRow {
             namespace,
             name,
-            protocol: protocol::name(key.protocol)
-                .map_or_else(|| key.protocol.to_string(), ToOwned::to_owned),
+            protocol: protocol_name(key.protocol),
             peer: key.peer.to_ip(),
             peer_port: u16::from_be(key.peer_port),
             external: value.external.to_ip(),
@@ -269,7 +294,7 @@ pub fn flows(pin_path: &Path) -> anyhow::Result<Vec<FlowRow>> {
     Ok(rows)
 }
 
-/// Every session, by Service, external address and client.
+/// Every session, by Service, external address, client and conversation.
 ///
 /// # Errors
 ///
@@ -287,12 +312,23 @@ pub fn sessions(pin_path: &Path) -> anyhow::Result<Vec<SessionRow>> {
             name,
             external: key.external.to_ip(),
             peer: key.peer.to_ip(),
+            protocol: (key.protocol != 0).then(|| protocol_name(key.protocol)),
+            external_port: u16::from_be(key.external_port),
+            peer_port: u16::from_be(key.peer_port),
             pod: value.pod.to_ip(),
             idle_seconds: now.saturating_sub(value.last_seen) / SECOND,
         });
     }
     rows.sort_by(|a, b| {
-        (&a.namespace, &a.name, a.external, a.peer).cmp(&(&b.namespace, &b.name, b.external, b.peer))
+        (&a.namespace, &a.name, a.external, a.peer, &a.protocol, a.peer_port, a.external_port).cmp(&(
+            &b.namespace,
+            &b.name,
+            b.external,
+            b.peer,
+            &b.protocol,
+            b.peer_port,
+            b.external_port,
+        ))
     });
     Ok(rows)
 }
@@ -345,6 +381,11 @@ impl Names {
     fn of(&self, service_id: u32) -> (String, String) {
         self.0.get(&service_id).cloned().unwrap_or_default()
     }
+}
+
+/// By name where it has one.
+fn protocol_name(number: u8) -> String {
+    protocol::name(number).map_or_else(|| number.to_string(), ToOwned::to_owned)
 }
 
 const fn tcp_state(state: u8) -> &'static str {

@@ -8,7 +8,10 @@ use std::{
 
 use aya::{
     Pod,
-    maps::{HashMap, Map, MapData, MapError, MapInfo, MapType, PerCpuArray, lpm_trie::Key as LpmKey},
+    maps::{
+        HashMap, Map, MapData, MapError, MapInfo, MapType, PerCpuArray,
+        lpm_trie::{Key as LpmKey, LpmTrie},
+    },
 };
 use proxier_common::{
     BackendKey, BackendValue, DROP_COUNTERS, EVENT_BYTES, EventBudget, ExternalKey, FlowKey, FlowValue,
@@ -18,7 +21,7 @@ use proxier_common::{
 };
 use thiserror::Error;
 
-use crate::delta::{Actual, Step};
+use crate::delta::{Actual, SourceRange, Step};
 
 /// What can go wrong with a map.
 #[derive(Debug, Error)]
@@ -61,10 +64,12 @@ pub(super) enum TableError {
         expected: String,
     },
     /// No room for another entry.
-    #[error("the map `{map}` is full at {max_entries} entries: fewer Services or pods fit on this node")]
+    #[error("the map `{map}` is full at {max_entries} entries: no more {of} fit on this node")]
     Full {
         /// The map's name.
         map: &'static str,
+        /// What it is full of.
+        of: &'static str,
         /// Its size.
         max_entries: u32,
     },
@@ -218,21 +223,12 @@ impl<K: Pod, V: Pod> Table<K, V> {
     }
 
     fn put(&mut self, key: &K, value: &V) -> Result<(), TableError> {
-        self.map.insert(key, value, 0).map_err(|source| match &source {
-            MapError::SyscallError(error) if error.io_error.raw_os_error() == Some(libc::E2BIG) => {
-                TableError::Full { map: self.shape.name, max_entries: self.shape.max_entries }
-            }
-            _ => self.error("written", source),
-        })
+        self.map.insert(key, value, 0).map_err(|source| not_written(self.shape, "Services or pods", source))
     }
 
     /// Removes an entry, if it is there.
     fn remove(&mut self, key: &K) -> Result<(), TableError> {
-        match self.map.remove(key) {
-            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
-            Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(source) => Err(self.error("written", source)),
-        }
+        removed(self.shape, self.map.remove(key))
     }
 
     fn error(&self, action: &'static str, source: MapError) -> TableError {
@@ -265,6 +261,57 @@ impl<K: Pod, V: Pod> Table<K, V> {
     }
 }
 
+fn not_written(shape: Shape, of: &'static str, source: MapError) -> TableError {
+    let Shape { name: map, max_entries, .. } = shape;
+    match &source {
+        // A hash map says the one, a trie the other.
+        MapError::SyscallError(error)
+            if matches!(error.io_error.raw_os_error(), Some(libc::E2BIG | libc::ENOSPC)) =>
+        {
+            TableError::Full { map, of, max_entries }
+        }
+        _ => TableError::Access { map, action: "written", source },
+    }
+}
+
+/// What was to be removed may not have been there.
+fn removed(shape: Shape, result: Result<(), MapError>) -> Result<(), TableError> {
+    match result {
+        Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(source) => Err(TableError::Access { map: shape.name, action: "written", source }),
+    }
+}
+
+/// The map `sources`: not a hash map, but a trie of prefixes.
+#[derive(Debug)]
+pub(super) struct Sources(LpmTrie<MapData, SourceKey, SourceValue>);
+
+impl Sources {
+    fn open(pin_path: &Path) -> Result<Self, TableError> {
+        let map = Map::LpmTrie(open_pinned(pin_path, SOURCES)?);
+        let error = |source| TableError::Access { map: SOURCES.name, action: "opened", source };
+        LpmTrie::try_from(map).map(Self).map_err(error)
+    }
+
+    /// Every entry.
+    pub(super) fn entries(&self) -> impl Iterator<Item = Result<SourceRange, TableError>> + '_ {
+        self.0.keys().map(|key| match key {
+            Ok(key) => Ok(SourceRange { key: key.data(), bits: key.prefix_len() }),
+            Err(source) => Err(TableError::Access { map: SOURCES.name, action: "read", source }),
+        })
+    }
+
+    fn put(&mut self, range: &SourceRange) -> Result<(), TableError> {
+        let result = self.0.insert(&LpmKey::new(range.bits, range.key), SourceValue { padding: 0 }, 0);
+        result.map_err(|source| not_written(SOURCES, "source ranges", source))
+    }
+
+    fn remove(&mut self, range: &SourceRange) -> Result<(), TableError> {
+        removed(SOURCES, self.0.remove(&LpmKey::new(range.bits, range.key)))
+    }
+}
+
 /// The maps that the agent reads and writes.
 #[derive(Debug)]
 pub(super) struct Tables {
@@ -272,6 +319,7 @@ pub(super) struct Tables {
     pub(super) backends: Table<BackendKey, BackendValue>,
     pub(super) members: Table<MemberKey, MemberValue>,
     pods: Table<PodKey, PodValue>,
+    pub(super) sources: Sources,
     pub(super) names: Table<NameKey, NameValue>,
     pub(super) sessions: Table<SessionKey, SessionValue>,
     pub(super) flows: Table<FlowKey, FlowValue>,
@@ -289,6 +337,7 @@ impl Tables {
             backends: Table::open(pin_path, BACKENDS)?,
             members: Table::open(pin_path, MEMBERS)?,
             pods: Table::open(pin_path, PODS)?,
+            sources: Sources::open(pin_path)?,
             names: Table::open(pin_path, NAMES)?,
             sessions: Table::open(pin_path, SESSIONS)?,
             flows: Table::open(pin_path, FLOWS)?,
@@ -312,6 +361,7 @@ impl Tables {
             backends: self.backends.entries().collect::<Result<_, _>>()?,
             members: self.members.entries().collect::<Result<_, _>>()?,
             pods: self.pods.entries().collect::<Result<_, _>>()?,
+            sources: self.sources.entries().collect::<Result<_, _>>()?,
             names: self
                 .names
                 .entries()
@@ -329,6 +379,8 @@ impl Tables {
         match step {
             Step::PutName(id, value) => self.names.put(&NameKey { service_id: *id }, value),
             Step::PutBackend(key, value) => self.backends.put(key, value),
+            Step::PutSource(range) => self.sources.put(range),
+            Step::RemoveSource(range) => self.sources.remove(range),
             Step::PutMember(key, value) => self.members.put(key, value),
             Step::RemoveMember(key) => self.members.remove(key),
             Step::PutPod(key, value) => self.pods.put(key, value),

@@ -18,7 +18,7 @@ fn lines(objects: impl IntoIterator<Item = Object>, node: &str) -> Vec<String> {
         catalog.apply(object);
     }
     let node = NodeName::new(node);
-    let settings = Settings { source_ranges: true, ..Settings::new(node.clone()) };
+    let settings = Settings::new(node.clone());
     let (desired, _) = compute(&catalog, &settings);
     let text = render(Snapshot { catalog: &catalog, desired: &desired }, &node, false).unwrap();
     text.lines().map(str::to_owned).collect()

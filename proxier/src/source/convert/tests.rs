@@ -130,6 +130,12 @@ fn each_bad_item_is_reported_with_its_field_and_value() {
         ("ports: [{port: 80, targetPort: -1}]", "spec.ports[0].targetPort", "-1"),
         ("clusterIPs: [x]", "spec.clusterIPs[0]", "x"),
         ("healthCheckNodePort: 99999", "spec.healthCheckNodePort", "99999"),
+        ("loadBalancerSourceRanges: [192.0.2.1]", "spec.loadBalancerSourceRanges[0]", "192.0.2.1"),
+        (
+            "loadBalancerSourceRanges: [192.0.2.0/24, '::ffff:192.0.2.0/120']",
+            "spec.loadBalancerSourceRanges[1]",
+            "::ffff:192.0.2.0/120",
+        ),
         (
             "{sessionAffinity: ClientIP, sessionAffinityConfig: {clientIP: {timeoutSeconds: 90000}}}",
             "spec.sessionAffinityConfig.clientIP.timeoutSeconds",
@@ -152,6 +158,16 @@ fn a_range_that_does_not_parse_still_restricts_the_service() {
     let (service, _) = service_of("{metadata: {name: web}, spec: {loadBalancerSourceRanges: [oops]}}");
     assert_eq!(service.source_ranges, []);
     assert!(service.has_source_ranges);
+}
+
+#[test]
+fn blanks_around_a_range_and_bits_behind_its_length_do_not_matter() {
+    let ranges = "[' 192.0.2.77/24 ', \"\\t2001:db8::1/32\\n\"]";
+    let (service, problems) =
+        service_of(&format!("{{metadata: {{name: web}}, spec: {{loadBalancerSourceRanges: {ranges}}}}}"));
+    assert_eq!(problems, [""; 0]);
+    let texts: Vec<String> = service.source_ranges.iter().map(ToString::to_string).collect();
+    assert_eq!(texts, ["192.0.2.0/24", "2001:db8::/32"]);
 }
 
 #[test]

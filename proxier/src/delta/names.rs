@@ -1,0 +1,76 @@
+//! The map `names`: which Service an id stands for. Pure.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use proxier_common::{MAX_NAME, NameValue};
+
+use super::Actual;
+use crate::{
+    desired::ServiceKey,
+    model::{Family, ObjectName},
+};
+
+/// The form in which `names` keeps a Service.
+#[must_use]
+pub fn encode_name(key: &ServiceKey) -> NameValue {
+    NameValue {
+        namespace: padded(&key.service.namespace),
+        name: padded(&key.service.name),
+        family: match key.family {
+            Family::V4 => 4,
+            Family::V6 => 6,
+        },
+    }
+}
+
+/// The Service that an entry of `names` stands for; `None` if it is not one that [`encode_name`] wrote.
+#[must_use]
+pub fn decode_name(value: &NameValue) -> Option<ServiceKey> {
+    let text = |bytes: &[u8]| {
+        let end = bytes.iter().position(|byte| *byte == 0)?;
+        std::str::from_utf8(&bytes[..end]).ok().map(ToOwned::to_owned)
+    };
+    Some(ServiceKey {
+        service: ObjectName { namespace: text(&value.namespace)?, name: text(&value.name)? },
+        family: match value.family {
+            4 => Family::V4,
+            6 => Family::V6,
+            _ => return None,
+        },
+    })
+}
+
+/// Cuts at [`MAX_NAME`] bytes: the API server accepts none longer, a manifest from a file could hold one.
+fn padded(text: &str) -> [u8; MAX_NAME + 1] {
+    let mut bytes = [0; MAX_NAME + 1];
+    for (to, from) in bytes[..MAX_NAME].iter_mut().zip(text.bytes()) {
+        *to = from;
+    }
+    bytes
+}
+
+/// Which id stands for which Service: the one it has, or the lowest that nothing uses.
+pub(super) struct Ids {
+    known: BTreeMap<ServiceKey, u32>,
+    pub(super) used: BTreeSet<u32>,
+    given: BTreeSet<u32>,
+}
+
+impl Ids {
+    pub(super) fn new(actual: &Actual) -> Self {
+        let known = actual.names.iter().filter_map(|(id, value)| Some((decode_name(value)?, *id))).collect();
+        Self { known, used: actual.ids(), given: BTreeSet::new() }
+    }
+
+    pub(super) fn of(&mut self, key: &ServiceKey) -> u32 {
+        if let Some(id) = self.known.get(key) {
+            return *id;
+        }
+        let mut id = 1;
+        while self.used.contains(&id) || self.given.contains(&id) {
+            id += 1;
+        }
+        self.given.insert(id);
+        id
+    }
+}

@@ -1,0 +1,112 @@
+//! Who may send to a Service: what the map `sources` says. Pure.
+//!
+//! The ranges of a Service are written under the number of a new generation, which one write of `services` puts in force:
+//! at no moment do some of them count and others not. A generation without entries permits nobody; 0 stands for everybody
+//! and never has any.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv6Addr},
+};
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use proxier_common::{Address, ServiceValue, SourceKey};
+
+use super::Actual;
+
+/// [`ServiceValue::source_generation`] that permits everybody.
+const EVERYBODY: u32 = 0;
+
+/// Bits of an IPv4 address that all of them have in the maps, which keep it as v4-mapped IPv6.
+const V4_MAPPED_BITS: u8 = 96;
+
+/// An entry of `sources`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct SourceRange {
+    /// The first address of the range, and whom it may send to.
+    pub key: SourceKey,
+    /// How many leading bits of the key count.
+    pub bits: u32,
+}
+
+impl SourceRange {
+    fn new(service_id: u32, generation: u32, net: IpNet) -> Self {
+        let mapped_bits = if net.addr().is_ipv4() { V4_MAPPED_BITS } else { 0 };
+        let key = SourceKey { service_id, generation, address: Address::from(net.network()) };
+        let bits = SourceKey::BITS_BEFORE_ADDRESS + u32::from(mapped_bits) + u32::from(net.prefix_len());
+        Self { key, bits }
+    }
+
+    /// The network that may send; `None` of an entry that this module has not made.
+    #[must_use]
+    pub fn net(&self) -> Option<IpNet> {
+        let bits = u8::try_from(self.bits.checked_sub(SourceKey::BITS_BEFORE_ADDRESS)?).ok()?;
+        match self.key.address.to_ip() {
+            IpAddr::V4(v4) if bits >= V4_MAPPED_BITS => {
+                Ipv4Net::new(v4, bits - V4_MAPPED_BITS).ok().map(IpNet::V4)
+            }
+            _ => Ipv6Net::new(Ipv6Addr::from(self.key.address.bytes), bits).ok().map(IpNet::V6),
+        }
+    }
+}
+
+/// The ranges that a Service's address asks for; `None` if it asks for none.
+pub(super) fn in_force(service: &ServiceValue, actual: &Actual) -> Option<BTreeSet<IpNet>> {
+    let ServiceValue { service_id, source_generation, .. } = *service;
+    let ranges = || of_generation(service_id, source_generation, actual);
+    (source_generation != EVERYBODY).then(|| ranges().filter_map(SourceRange::net).collect())
+}
+
+/// The generation to be in force for Service `id`, and those of its ranges that have yet to be written.
+pub(super) fn generation_for(
+    id: u32,
+    wanted: Option<&BTreeSet<IpNet>>,
+    actual: &Actual,
+) -> (u32, Vec<SourceRange>) {
+    let Some(wanted) = wanted else {
+        return (EVERYBODY, Vec::new());
+    };
+    let ranges = |generation| -> BTreeSet<SourceRange> {
+        wanted.iter().map(|net| SourceRange::new(id, generation, *net)).collect()
+    };
+    let addresses = actual.services.values().filter(|value| value.service_id == id);
+    let in_force: BTreeSet<u32> = addresses.map(|value| value.source_generation).collect();
+    // More than one is what an interrupted switch leaves behind.
+    if let (1, Some(generation)) = (in_force.len(), in_force.first())
+        && *generation != EVERYBODY
+        && of_generation(id, *generation, actual).eq(&ranges(*generation))
+    {
+        return (*generation, Vec::new());
+    }
+    let written = of_service(id, actual).map(|range| range.key.generation);
+    let last = in_force.into_iter().chain(written).max().unwrap_or(EVERYBODY);
+    let generation = last.checked_add(1).unwrap_or(EVERYBODY + 1);
+    (generation, ranges(generation).into_iter().collect())
+}
+
+/// Every range of Service `id`, of any generation.
+pub(super) fn of_service(id: u32, actual: &Actual) -> impl Iterator<Item = &SourceRange> {
+    between((id, 0), (id, u32::MAX), actual)
+}
+
+fn of_generation(id: u32, generation: u32, actual: &Actual) -> impl Iterator<Item = &SourceRange> {
+    between((id, generation), (id, generation), actual)
+}
+
+/// The ranges from one Service and generation to another.
+fn between(first: (u32, u32), last: (u32, u32), actual: &Actual) -> impl Iterator<Item = &SourceRange> {
+    let range = |(service_id, generation), address, bits| SourceRange {
+        key: SourceKey { service_id, generation, address },
+        bits,
+    };
+    let highest = Address { bytes: [u8::MAX; 16] };
+    actual.sources.range(range(first, Address::UNSPECIFIED, 0)..=range(last, highest, u32::MAX))
+}
+
+/// The ranges that no address asks for.
+pub(super) fn out_of_force(actual: &Actual) -> impl Iterator<Item = SourceRange> {
+    let in_force: BTreeSet<(u32, u32)> =
+        actual.services.values().map(|value| (value.service_id, value.source_generation)).collect();
+    let asked_for = move |key: &SourceKey| in_force.contains(&(key.service_id, key.generation));
+    actual.sources.iter().copied().filter(move |range| !asked_for(&range.key))
+}

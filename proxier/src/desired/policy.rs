@@ -1,0 +1,63 @@
+//! What a Service says about its clients: who may send, and what of it stays on one pod. Pure.
+
+use std::collections::BTreeSet;
+
+use ipnet::IpNet;
+
+use super::Balance;
+use crate::model::{Family, ObjectId, Problem, Service, SessionAffinity, Severity, Subject};
+
+/// An annotation of a Service: what stays on one pod.
+const BALANCE_ANNOTATION: &str = "proxier.io/balance";
+
+/// Who may send to a Service's addresses of `family`; `None` for everybody.
+///
+/// A Service that names ranges is never open to a family of which it names none.
+pub(super) fn sources(
+    service: &Service,
+    family: Family,
+    problems: &mut Vec<Problem>,
+) -> Option<BTreeSet<IpNet>> {
+    if !service.has_source_ranges {
+        return None;
+    }
+    let ranges: BTreeSet<IpNet> =
+        service.source_ranges.iter().copied().filter(|range| Family::of(range.addr()) == family).collect();
+    if ranges.is_empty() {
+        problems.push(
+            warning(
+                service,
+                &format!("names no {family} network: nobody may send to the external {family} addresses"),
+                &format!("add one, or take the {family} addresses away"),
+            )
+            .in_field("spec.loadBalancerSourceRanges", ""),
+        );
+    }
+    Some(ranges)
+}
+
+/// What stays on one pod.
+pub(super) fn balance(service: &Service, problems: &mut Vec<Problem>) -> Balance {
+    let Some(value) = service.annotations.get(BALANCE_ANNOTATION) else {
+        return Balance::Client;
+    };
+    let (reason, next_step) = match (value.as_str(), service.session_affinity) {
+        ("client", _) => return Balance::Client,
+        ("flow", SessionAffinity::None) => return Balance::Flow,
+        ("flow", SessionAffinity::ClientIp { .. }) => (
+            "contradicts spec.sessionAffinity ClientIP, which counts: a client stays on its pod",
+            "take one of the two away",
+        ),
+        _ => ("is not a way to balance: a client stays on its pod", "write client or flow"),
+    };
+    problems.push(
+        warning(service, reason, next_step)
+            .in_field(format!("metadata.annotations[{BALANCE_ANNOTATION}]"), value),
+    );
+    Balance::Client
+}
+
+fn warning(service: &Service, reason: &str, next_step: &str) -> Problem {
+    let subject = Subject::Object(ObjectId::Service(service.name.clone()));
+    Problem::new(Severity::Warning, subject, reason, next_step)
+}
