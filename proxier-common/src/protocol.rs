@@ -15,6 +15,12 @@ pub const SCTP: u8 = 132;
 /// UDP-Lite (RFC 3828).
 pub const UDPLITE: u8 = 136;
 
+/// Whether its header starts with a source and a destination port.
+#[must_use]
+pub const fn has_ports(number: u8) -> bool {
+    matches!(number, TCP | UDP | DCCP | SCTP | UDPLITE)
+}
+
 /// The name that `/etc/protocols` has, of those that people use.
 #[must_use]
 pub const fn name(number: u8) -> Option<&'static str> {

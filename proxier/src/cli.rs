@@ -185,6 +185,9 @@ enum GetCommand {
     /// Packets dropped since the maps were made, by reason and hook; a table leaves zeros out
     #[command(visible_alias = "drop")]
     Drops(GetArgs),
+    /// What else has been counted since the maps were made: flows made, ended, evicted and made again
+    #[command(visible_alias = "statistic")]
+    Statistics(GetArgs),
 }
 
 #[derive(Debug, Args)]
@@ -248,6 +251,9 @@ fn execute(command: Command) -> anyhow::Result<()> {
             GetCommand::Sessions(arguments) => list(&inspect::sessions(&arguments.pin.pin_path)?, &arguments),
             GetCommand::Flows(arguments) => list(&inspect::flows(&arguments.pin.pin_path)?, &arguments),
             GetCommand::Drops(arguments) => list(&inspect::drops(&arguments.pin.pin_path)?, &arguments),
+            GetCommand::Statistics(arguments) => {
+                list(&inspect::statistics(&arguments.pin.pin_path)?, &arguments)
+            }
         },
         Command::Version => print(&format!("proxier {}\n", env!("CARGO_PKG_VERSION"))),
         Command::Completions { shell } => {

@@ -65,6 +65,7 @@ fn every_flag_can_come_from_the_environment() {
 fn everything_that_the_kernel_has_can_be_listed_in_the_singular_too() {
     for (word, is) in [
         ("sessions", (|what| matches!(what, GetCommand::Sessions(_))) as fn(GetCommand) -> bool),
+        ("statistics", |what| matches!(what, GetCommand::Statistics(_))),
         ("drops", |what| matches!(what, GetCommand::Drops(_))),
         ("flows", |what| matches!(what, GetCommand::Flows(_))),
         ("endpoints", |what| matches!(what, GetCommand::Endpoints(_))),

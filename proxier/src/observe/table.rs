@@ -7,7 +7,7 @@ use comfy_table::{Table, presets};
 use ipnet::IpNet;
 use serde::Serialize;
 
-use crate::sink::bpf::inspect::{DropRow, EndpointRow, FlowRow, ServiceRow, SessionRow};
+use crate::sink::bpf::inspect::{DropRow, EndpointRow, FlowRow, ServiceRow, SessionRow, StatisticRow};
 
 /// How rows are printed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -197,6 +197,15 @@ impl TableRow for DropRow {
     }
 }
 
+impl TableRow for StatisticRow {
+    const PLURAL: &'static str = "statistics";
+    const COLUMNS: (&'static [&'static str], usize) = (&["STATISTIC", "COUNT"], 2);
+
+    fn cells(&self) -> Vec<String> {
+        vec![self.statistic.to_owned(), self.count.to_string()]
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -312,6 +321,19 @@ mod tests {
             assert!(render(&rows, output).unwrap().contains("no-backend"), "{output:?}");
         }
         assert_eq!(render(&rows[..1], Output::Table).unwrap(), "No drops found.\n");
+    }
+
+    #[test]
+    fn statistics_are_listed_with_those_that_are_zero() {
+        let rows = [("flow-inserted", 300_000), ("flow-evicted", 0)]
+            .map(|(statistic, count)| StatisticRow { statistic, count });
+        insta::assert_snapshot!(render(&rows, Output::Table).unwrap(), @r"
+        STATISTIC       COUNT
+        flow-inserted   300000
+        flow-evicted    0
+        ");
+        let json: serde_json::Value = serde_json::from_str(&render(&rows, Output::Json).unwrap()).unwrap();
+        assert_eq!(json[0], serde_json::json!({"statistic": "flow-inserted", "count": 300_000}));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Removes flows and sessions that have been idle for longer than they may, in a thread of its own: the tables are large
-//! and nothing waits for it. A request asks for the time itself; a reply finds its flow until it is removed here.
+//! and nothing waits for it. A request asks for the time itself; a reply finds its flow until it is removed here. Then
+//! looks what else has gone.
 
 use std::{
     collections::HashMap,
@@ -18,7 +19,11 @@ use proxier_common::{
     timeout::{SECOND, flow_is_over, of_flow},
 };
 
-use super::{clock, tables::Tables};
+use super::{
+    clock,
+    evictions::Evictions,
+    tables::{Counters, Tables},
+};
 
 /// Between two passes over the tables.
 const PAUSE: Duration = Duration::from_secs(10);
@@ -39,13 +44,15 @@ impl Drop for Expiry {
 }
 
 impl Expiry {
-    /// Starts it on the maps pinned below `pin_path`.
+    /// Starts it on the maps pinned below `pin_path`. `others` are the same maps, of whoever else removes flows.
     ///
     /// # Errors
     ///
     /// The maps cannot be opened, or no thread can be had.
-    pub(super) fn start(pin_path: &Path) -> anyhow::Result<Self> {
+    pub(super) fn start(pin_path: &Path, others: &Tables) -> anyhow::Result<Self> {
         let mut tables = Tables::open(pin_path)?;
+        tables.flows.removed = Arc::clone(&others.flows.removed);
+        let mut evictions = Evictions::new(Counters::stats(pin_path)?, &tables)?;
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         thread::Builder::new()
@@ -53,7 +60,11 @@ impl Expiry {
             .spawn(move || {
                 let mut failing = false;
                 while !stopped.load(Ordering::Relaxed) {
-                    match pass(&mut tables) {
+                    let result = pass(&mut tables).and_then(|gone| {
+                        evictions.update(&tables)?;
+                        Ok(gone)
+                    });
+                    match result {
                         Ok((flows, sessions)) => {
                             failing = false;
                             if flows + sessions > 0 {

@@ -9,12 +9,16 @@ use std::{
 use ipnet::IpNet;
 use proxier_common::{
     DropReason, Hook, MEMBER_DRAINING, SERVICE_BALANCE_FLOW, SERVICE_IS_NODE, SERVICE_IS_POD,
-    SERVICE_PASS_WITHOUT_BACKEND, SourceKey, TCP_ESTABLISHED, TCP_REPLY_FIN, TCP_REQUEST_FIN, protocol,
+    SERVICE_PASS_WITHOUT_BACKEND, SourceKey, Statistic, TCP_ESTABLISHED, TCP_REPLY_FIN, TCP_REQUEST_FIN,
+    protocol,
     timeout::{self, SECOND},
 };
 use serde::Serialize;
 
-use super::{clock, tables::Tables};
+use super::{
+    clock,
+    tables::{Counters, Tables},
+};
 use crate::{
     delta::decode_name,
     desired::{Balance, ServiceKey},
@@ -148,6 +152,16 @@ pub struct DropRow {
     pub hook: &'static str,
     /// How many, since the maps were made.
     pub packets: u64,
+}
+
+/// How often something has happened.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct StatisticRow {
+    /// What, as [`Statistic::name`].
+    pub statistic: &'static str,
+    /// How often, since the maps were made.
+    pub count: u64,
 }
 
 /// Every external address, by Service and address.
@@ -339,16 +353,28 @@ pub fn sessions(pin_path: &Path) -> anyhow::Result<Vec<SessionRow>> {
 ///
 /// As [`services`].
 pub fn drops(pin_path: &Path) -> anyhow::Result<Vec<DropRow>> {
-    let counters = super::tables::drops(pin_path).map_err(|error| unprivileged(error.into()))?;
+    let counters = Counters::drops(pin_path).map_err(|error| unprivileged(error.into()))?;
     let mut rows = Vec::new();
     for reason in DropReason::ALL {
         for hook in Hook::ALL {
-            // The map has as many entries as there are pairs; `open` has checked that.
-            let packets = counters.get(hook.counter(reason) as usize).copied().unwrap_or_default();
+            let packets = counters.total(hook.counter(reason))?;
             rows.push(DropRow { reason: reason.name(), hook: hook.name(), packets });
         }
     }
     Ok(rows)
+}
+
+/// What the programs count beside packets dropped.
+///
+/// # Errors
+///
+/// As [`services`].
+pub fn statistics(pin_path: &Path) -> anyhow::Result<Vec<StatisticRow>> {
+    let counters = Counters::stats(pin_path).map_err(|error| unprivileged(error.into()))?;
+    let row = |statistic: Statistic| {
+        Ok(StatisticRow { statistic: statistic.name(), count: counters.total(statistic as u32)? })
+    };
+    Statistic::ALL.into_iter().map(row).collect()
 }
 
 /// Opens the maps, and says what a user without privilege can do about it if that fails.

@@ -17,6 +17,7 @@ use tokio::{runtime::Handle, sync::watch, task};
 
 use self::{
     attach::{Method, Role},
+    events::Events,
     expiry::Expiry,
     tables::Tables,
     uplinks::{Interface, View},
@@ -30,9 +31,12 @@ use crate::{
 
 mod attach;
 mod clock;
+mod events;
+mod evictions;
 mod expiry;
 pub mod inspect;
 mod preflight;
+mod scan;
 mod tables;
 mod uplinks;
 
@@ -78,6 +82,7 @@ pub struct BpfSink {
     ebpf: Ebpf,
     tables: Tables,
     _expiry: Expiry,
+    _events: Events,
     /// What the tables hold; read again whenever a write has failed.
     actual: Actual,
     sweep_due: bool,
@@ -125,7 +130,8 @@ impl BpfSink {
                 "kernel programs are loaded; the tables of a former agent are adopted as they are"
             );
         }
-        let expiry = Expiry::start(&pin_path)?;
+        let expiry = Expiry::start(&pin_path, &tables)?;
+        let events = Events::start(&pin_path)?;
         let named = uplinks.into_iter().collect();
         let view = task::block_in_place(|| Handle::current().block_on(uplinks::watch(named)))?;
         let mut sink = Self {
@@ -134,6 +140,7 @@ impl BpfSink {
             ebpf,
             tables,
             _expiry: expiry,
+            _events: events,
             actual,
             sweep_due: false,
             view,

@@ -3,15 +3,21 @@
 use std::{
     collections::BTreeMap,
     io,
+    os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use aya::{
     Pod,
     maps::{
-        HashMap, Map, MapData, MapError, MapInfo, MapType, PerCpuArray,
+        HashMap, Map, MapData, MapError, MapInfo, MapType, PerCpuArray, PerCpuValues, RingBuf,
         lpm_trie::{Key as LpmKey, LpmTrie},
     },
+    sys::SyscallError,
 };
 use proxier_common::{
     BackendKey, BackendValue, DROP_COUNTERS, EVENT_BYTES, EventBudget, ExternalKey, FlowKey, FlowValue,
@@ -21,6 +27,7 @@ use proxier_common::{
 };
 use thiserror::Error;
 
+use super::scan;
 use crate::delta::{Actual, SourceRange, Step};
 
 /// What can go wrong with a map.
@@ -198,6 +205,10 @@ pub(super) struct Table<K: Pod, V: Pod> {
     /// The kernel's number for the map.
     id: u32,
     map: HashMap<MapData, K, V>,
+    /// The same map, for what aya has no call for.
+    fd: OwnedFd,
+    /// How many entries [`Table::retain`] has removed.
+    pub(super) removed: Arc<AtomicU64>,
 }
 
 impl<K: Pod, V: Pod> Table<K, V> {
@@ -205,21 +216,45 @@ impl<K: Pod, V: Pod> Table<K, V> {
         let data = open_pinned(pin_path, shape)?;
         let error = |source| TableError::Access { map: shape.name, action: "opened", source };
         let id = data.info().map_err(error)?.id();
+        let fd = data.fd().as_fd().try_clone_to_owned();
+        let fd = fd.map_err(|source| TableError::Open {
+            path: directory(pin_path).join(shape.name),
+            source: source.into(),
+        })?;
         let map = match shape.kind {
             MapType::LruHash => Map::LruHashMap(data),
             _ => Map::HashMap(data),
         };
-        Ok(Self { shape, id, map: HashMap::try_from(map).map_err(error)? })
+        Ok(Self { shape, id, map: HashMap::try_from(map).map_err(error)?, fd, removed: Arc::default() })
     }
 
     /// Every entry. Entries that come and go meanwhile may be there or not.
     pub(super) fn entries(&self) -> impl Iterator<Item = Result<(K, V), TableError>> + '_ {
-        self.map.iter().filter_map(|entry| match entry {
-            Ok(entry) => Some(Ok(entry)),
-            // The kernel evicted it between finding its key and reading its value.
-            Err(MapError::KeyNotFound) => None,
-            Err(source) => Some(Err(self.error("read", source))),
+        // SAFETY: `open` has found a hash map with keys and values of these sizes.
+        let entries = unsafe { scan::Entries::of(self.fd.as_fd()) };
+        entries.map(|entry| {
+            let failed = |io_error| SyscallError { call: "bpf_map_lookup_batch", io_error };
+            entry.map_err(|error| self.error("read", failed(error).into()))
         })
+    }
+
+    /// The entry under `key`.
+    pub(super) fn get(&self, key: &K) -> Result<Option<V>, TableError> {
+        match self.map.get(key, 0) {
+            Ok(value) => Ok(Some(value)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(source) => Err(self.error("read", source)),
+        }
+    }
+
+    /// How many entries there are. Takes milliseconds.
+    pub(super) fn count(&self) -> Result<u64, TableError> {
+        self.entries().try_fold(0, |count, entry| entry.map(|_| count + 1))
+    }
+
+    /// Name and size of the map.
+    pub(super) const fn name_and_size(&self) -> (&'static str, u32) {
+        (self.shape.name, self.shape.max_entries)
     }
 
     fn put(&mut self, key: &K, value: &V) -> Result<(), TableError> {
@@ -237,7 +272,7 @@ impl<K: Pod, V: Pod> Table<K, V> {
 
     /// Removes every entry that `keep` does not want. Returns how many.
     pub(super) fn retain(&mut self, mut keep: impl FnMut(&K, &V) -> bool) -> Result<usize, TableError> {
-        // Collected first: removing the entry at which an iteration stands makes it start again.
+        // Collected first: `keep` may take its time, and what it reads is a copy.
         let mut gone = Vec::new();
         for entry in self.entries() {
             let (key, value) = entry?;
@@ -248,13 +283,11 @@ impl<K: Pod, V: Pod> Table<K, V> {
         let mut removed = 0;
         for key in &gone {
             // It may be another entry by now, under the same key.
-            match self.map.get(key, 0) {
-                Ok(value) if !keep(key, &value) => {
-                    self.remove(key)?;
-                    removed += 1;
-                }
-                Ok(_) | Err(MapError::KeyNotFound) => {}
-                Err(source) => return Err(self.error("read", source)),
+            if self.get(key)?.is_some_and(|value| !keep(key, &value)) {
+                // Counted before it goes: who works out what became of entries must not miss it. See `expiry`.
+                self.removed.fetch_add(1, Ordering::SeqCst);
+                self.remove(key)?;
+                removed += 1;
             }
         }
         Ok(removed)
@@ -424,14 +457,77 @@ fn grace_period() {
     }
 }
 
-/// Packets dropped, by index ([`proxier_common::Hook::counter`]), over all CPUs.
+/// Counters that the kernel programs keep, each CPU its own.
+pub(super) struct Counters {
+    shape: Shape,
+    map: PerCpuArray<MapData, u64>,
+    cpus: usize,
+}
+
+impl Counters {
+    /// Packets dropped, by [`proxier_common::Hook::counter`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Tables::open`].
+    pub(super) fn drops(pin_path: &Path) -> Result<Self, TableError> {
+        Self::open(pin_path, DROPS)
+    }
+
+    /// What else is counted, by [`proxier_common::Statistic`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Tables::open`].
+    pub(super) fn stats(pin_path: &Path) -> Result<Self, TableError> {
+        Self::open(pin_path, STATS)
+    }
+
+    fn open(pin_path: &Path, shape: Shape) -> Result<Self, TableError> {
+        let map = PerCpuArray::<_, u64>::try_from(Map::PerCpuArray(open_pinned(pin_path, shape)?));
+        let error = |source| TableError::Access { map: shape.name, action: "opened", source };
+        let map = map.map_err(error)?;
+        let cpus = map.get(&0, 0).map_err(error)?.len();
+        Ok(Self { shape, map, cpus })
+    }
+
+    /// The counter at `index`, over all CPUs.
+    pub(super) fn total(&self, index: u32) -> Result<u64, TableError> {
+        let values = self.map.get(&index, 0);
+        let error = |source| TableError::Access { map: self.shape.name, action: "read", source };
+        Ok(values.map_err(error)?.iter().sum())
+    }
+
+    /// How many CPUs count.
+    pub(super) const fn cpus(&self) -> usize {
+        self.cpus
+    }
+
+    /// Sets the counter at `index`, which no kernel program counts in.
+    pub(super) fn set(&mut self, index: u32, total: u64) -> Result<(), TableError> {
+        let error = |source| TableError::Access { map: self.shape.name, action: "written", source };
+        let mut values = vec![0; self.cpus];
+        values[0] = total;
+        let values = PerCpuValues::try_from(values).map_err(|source| error(MapError::IoError(source)))?;
+        self.map.set(index, values, 0).map_err(error)
+    }
+}
+
+/// The names of Services, by id.
 ///
 /// # Errors
 ///
 /// As [`Tables::open`].
-pub(super) fn drops(pin_path: &Path) -> Result<Vec<u64>, TableError> {
-    let error = |source| TableError::Access { map: DROPS.name, action: "read", source };
-    let map =
-        PerCpuArray::<_, u64>::try_from(Map::PerCpuArray(open_pinned(pin_path, DROPS)?)).map_err(error)?;
-    map.iter().map(|values| Ok(values.map_err(error)?.iter().sum())).collect()
+pub(super) fn names(pin_path: &Path) -> Result<Table<NameKey, NameValue>, TableError> {
+    Table::open(pin_path, NAMES)
+}
+
+/// The buffer of packets dropped. Who reads from it takes away from all others.
+///
+/// # Errors
+///
+/// As [`Tables::open`].
+pub(super) fn events(pin_path: &Path) -> Result<RingBuf<MapData>, TableError> {
+    let error = |source| TableError::Access { map: EVENTS.name, action: "opened", source };
+    RingBuf::try_from(Map::RingBuf(open_pinned(pin_path, EVENTS)?)).map_err(error)
 }

@@ -1,0 +1,225 @@
+//! What the agent tells of packets that are dropped, and what is counted beside.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that cannot go on panics; clippy sees tests in `#[test]` functions only"
+)]
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    thread,
+    time::Duration,
+};
+
+use proxier_common::EVENTS_A_SECOND;
+use proxier_tests::{
+    exchange::PATIENCE,
+    manifests,
+    packets::{Packet, TcpFlags},
+    scenario::{EDIT_TAKES_EFFECT_WITHIN, SERVICE, Scenario, externals},
+    skip_unless_root,
+    topology::{LabSpec, UPLINK},
+    wait,
+};
+use serde_json::Value;
+
+/// Longer than the agent takes to tell what it has put off.
+const NEXT_LINES: Duration = Duration::from_millis(2500);
+
+/// A lab whose agent logs as JSON, what `level` lets through.
+fn start(level: &str) -> Scenario {
+    let mut scenario = Scenario::prepare(&LabSpec::unique(), &[]);
+    for (name, value) in [("PROXIER_LOG_FORMAT", "json"), ("PROXIER_LOG_LEVEL", level)] {
+        scenario.spec.environment.push((name.into(), value.into()));
+    }
+    scenario.start_agent();
+    scenario
+}
+
+/// Leaves the Service without pods.
+fn take_pods(scenario: &Scenario) {
+    scenario.write_pods(&[]);
+    let taken = wait::until(EDIT_TAKES_EFFECT_WITHIN, || {
+        scenario.get("services").iter().all(|row| row["backends"] == 0).then_some(())
+    });
+    assert!(taken.is_some(), "{:?}", scenario.get("services"));
+}
+
+/// What the agent has told of packets for `reason`.
+fn told(scenario: &mut Scenario, reason: &str) -> Vec<Value> {
+    let log = scenario.agent().log();
+    let lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    lines.filter(|line| line["reason"] == reason).collect()
+}
+
+/// Waits until the agent has told of `number` kinds of packets for `reason`, and then for lines that should not come.
+fn first_lines(scenario: &mut Scenario, reason: &str, number: usize) -> Vec<Value> {
+    let _ = wait::until(PATIENCE, || (told(scenario, reason).len() >= number).then_some(()));
+    thread::sleep(NEXT_LINES);
+    let lines = told(scenario, reason);
+    assert_eq!(lines.len(), number, "{lines:#?}");
+    lines
+}
+
+/// How many packets have been dropped so.
+fn dropped(scenario: &Scenario, reason: &str, hook: &str) -> u64 {
+    let rows = scenario.get("drops");
+    let row = rows.iter().find(|row| row["reason"] == reason && row["hook"] == hook).unwrap();
+    row["packets"].as_u64().unwrap()
+}
+
+fn statistic(scenario: &Scenario, name: &str) -> u64 {
+    let rows = scenario.get("statistics");
+    let row = rows.iter().find(|row| row["statistic"] == name);
+    row.unwrap_or_else(|| panic!("no {name} in {rows:?}"))["count"].as_u64().unwrap()
+}
+
+fn client(scenario: &Scenario, external: IpAddr, port: u16) -> SocketAddr {
+    SocketAddr::new(scenario.lab.client.address(external), port)
+}
+
+fn send(scenario: &Scenario, packets: &[Packet]) {
+    scenario.lab.client.send(packets).unwrap();
+}
+
+#[test]
+fn a_packet_for_a_service_without_pods_makes_one_line_that_says_whose_it_was() {
+    skip_unless_root!();
+    let mut scenario = start("info");
+    take_pods(&scenario);
+    let packets_of = |external: IpAddr| {
+        let (from, to) = (client(&scenario, external, 42_000), SocketAddr::new(external, 5060));
+        let syn = TcpFlags { syn: true, ..TcpFlags::default() };
+        [
+            (Packet::udp(from, to, b"question"), "udp"),
+            (Packet::tcp(from, to, syn, 1, b""), "tcp"),
+            (Packet::sctp_init(from, to, 7), "sctp"),
+            (Packet::gre(from.ip(), to.ip(), 7, b"question"), "gre"),
+            (
+                Packet::echo_request(from.ip(), to.ip(), 7, 1, b"question"),
+                if external.is_ipv4() { "icmp" } else { "icmpv6" },
+            ),
+        ]
+    };
+    let packets: Vec<_> = externals().into_iter().flat_map(packets_of).collect();
+    assert!(packets.len() <= EVENTS_A_SECOND as usize, "the kernel would not report all of them");
+    // Each three times: the other two are told in a minute.
+    for _ in 0..3 {
+        for (packet, _) in &packets {
+            send(&scenario, std::slice::from_ref(packet));
+        }
+        thread::sleep(Duration::from_millis(1100));
+    }
+    let lines = first_lines(&mut scenario, "no-backend", packets.len());
+    for ((packet, protocol), line) in packets.iter().zip(&lines) {
+        assert_eq!(line["level"], "INFO", "{line}");
+        assert_eq!(line["hook"], "uplink-ingress", "{line}");
+        assert_eq!(line["service"], format!("lab/{SERVICE}"), "{line}");
+        assert_eq!(line["protocol"], *protocol, "{line}");
+        assert_eq!(line["source"], packet.source.to_string(), "{line}");
+        assert_eq!(line["destination"], packet.destination.to_string(), "{line}");
+        assert_eq!(line["interface"], UPLINK, "{line}");
+        let ports = packet.ports().map(|(source, destination)| (source.into(), destination.into()));
+        let told = ports.is_some().then(|| (line["source_port"].clone(), line["destination_port"].clone()));
+        assert_eq!(told, ports, "{line}");
+        assert_eq!(line.get("source_port").is_some(), ports.is_some(), "{line}");
+    }
+    assert_eq!(dropped(&scenario, "no-backend", "uplink-ingress"), 3 * packets.len() as u64);
+}
+
+#[test]
+fn a_flood_makes_few_lines_and_every_packet_is_counted() {
+    const PACKETS: u16 = 5_000;
+    skip_unless_root!();
+    let mut scenario = start("info");
+    take_pods(&scenario);
+    let [external, _] = externals();
+    let flood: Vec<_> = (0..PACKETS)
+        .map(|number| {
+            let from = client(&scenario, external, 10_000 + number);
+            Packet::udp(from, SocketAddr::new(external, 5060), b"flood")
+        })
+        .collect();
+    send(&scenario, &flood);
+    let sums = |lines: &[Value]| lines.iter().filter(|line| line.get("source").is_none()).count();
+    let _ = wait::until(PATIENCE, || (sums(&told(&mut scenario, "no-backend")) > 0).then_some(()));
+    thread::sleep(NEXT_LINES);
+    let lines = told(&mut scenario, "no-backend");
+    assert!((2..=24).contains(&lines.len()), "{} lines: {lines:#?}", lines.len());
+    assert_eq!(sums(&lines), 1, "{lines:#?}");
+    // What came while it was summed up is told in a minute, but no packet twice.
+    let packets: u64 = lines.iter().map(|line| line["packets"].as_u64().unwrap_or(1)).sum();
+    assert!(packets <= u64::from(PACKETS), "{packets}: {lines:#?}");
+    assert_eq!(dropped(&scenario, "no-backend", "uplink-ingress"), u64::from(PACKETS));
+}
+
+#[test]
+fn what_needs_an_operator_is_a_warning_and_what_anybody_can_send_is_for_debugging() {
+    skip_unless_root!();
+    for level in ["info", "debug"] {
+        let mut scenario = start(level);
+        let [first, other] = ["10.0.0.55", "10.0.0.56"].map(|text| text.parse::<IpAddr>().unwrap());
+        scenario.write("service.yaml", &manifests::service(SERVICE, &[first, other]));
+        scenario.write_pods(&scenario.pod(&scenario.lab.pods[0].host.name));
+        let written = wait::until(EDIT_TAKES_EFFECT_WITHIN, || {
+            let rows = scenario.get("services");
+            (rows.len() == 2 && rows.iter().all(|row| row["backends"] == 1 && row["external"] != "1000::55"))
+                .then_some(())
+        });
+        assert!(written.is_some(), "{:?}", scenario.get("services"));
+
+        for external in [first, other] {
+            let to = SocketAddr::new(external, 5060);
+            send(&scenario, &[Packet::udp(client(&scenario, external, 42_000), to, b"question")]);
+        }
+        let lines = first_lines(&mut scenario, "flow-collision", 1);
+        assert_eq!((&lines[0]["level"], &lines[0]["destination"]), (&"WARN".into(), &"10.0.0.56".into()));
+
+        let forged = Packet::udp(SocketAddr::new(first, 9), SocketAddr::new(first, 9), b"to itself");
+        send(&scenario, &[forged]);
+        let lines = first_lines(&mut scenario, "spoofed-source", usize::from(level == "debug"));
+        assert!(lines.iter().all(|line| line["level"] == "DEBUG"), "{lines:#?}");
+        assert_eq!(dropped(&scenario, "spoofed-source", "uplink-ingress"), 1);
+    }
+}
+
+#[test]
+fn what_was_dropped_while_no_agent_ran_is_told_by_the_next_one() {
+    skip_unless_root!();
+    let mut scenario = start("info");
+    take_pods(&scenario);
+    let [external, _] = externals();
+    let packet =
+        |port| Packet::udp(client(&scenario, external, port), SocketAddr::new(external, 5060), b"question");
+    let [before, between] = [packet(42_000), packet(42_001)];
+    send(&scenario, &[before]);
+    first_lines(&mut scenario, "no-backend", 1);
+    scenario.kill_agent();
+    send(&scenario, &[between]);
+    scenario.start_agent();
+    let lines = first_lines(&mut scenario, "no-backend", 1);
+    assert_eq!(lines[0]["source_port"], 42_001);
+}
+
+#[test]
+fn statistics_tell_how_many_flows_were_made() {
+    skip_unless_root!();
+    let scenario = start("info");
+    assert_eq!(statistic(&scenario, "flow-inserted"), 0);
+    for external in externals() {
+        for port in [42_000, 42_001, 42_001] {
+            let to = SocketAddr::new(external, 5060);
+            send(&scenario, &[Packet::udp(client(&scenario, external, port), to, b"question")]);
+        }
+    }
+    let counted = wait::until(PATIENCE, || (statistic(&scenario, "flow-inserted") == 4).then_some(()));
+    assert!(counted.is_some(), "{:?}", scenario.get("statistics"));
+    for name in ["flow-forgotten", "flow-rebuilt", "flow-evicted"] {
+        assert_eq!(statistic(&scenario, name), 0, "{name}");
+    }
+    for format in ["table", "wide", "json", "yaml"] {
+        let output = scenario.proxier(&["get", "statistics", "-o", format]);
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success() && text.contains("flow-inserted"), "{format}: {output:?}");
+    }
+}
