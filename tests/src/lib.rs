@@ -12,6 +12,7 @@ pub mod manifests;
 pub mod neighbour;
 pub mod netns;
 pub mod packets;
+pub mod program;
 pub mod responder;
 pub mod scenario;
 pub mod topology;

@@ -11,162 +11,18 @@
 #[path = "../../proxier-ebpf/tests/common/mod.rs"]
 mod common;
 
-use std::{
-    env, fs, io,
-    os::fd::{AsFd as _, AsRawFd as _},
-    path::Path,
-    sync::Mutex,
-};
+use std::{fs, sync::Mutex};
 
-use aya::{
-    Ebpf, EbpfLoader,
-    maps::{HashMap, Map, MapData, PerCpuArray},
-    programs::SchedClassifier,
-};
 use common::*;
 use proptest::prelude::*;
 use proxier_common::{
-    BackendKey, BackendValue, DELIVERY_STACK, DropReason, ExternalKey, FlowKey, FlowValue, FragmentKey,
-    FragmentValue, Hook, MemberKey, MemberValue, PodKey, PodValue, SERVICE_PASS_WITHOUT_BACKEND,
-    ServiceValue, SessionKey, SessionValue,
+    DELIVERY_STACK, DropReason, ExternalKey, FlowValue, Hook, SERVICE_PASS_WITHOUT_BACKEND, SessionValue,
 };
 use proxier_ebpf::{
     Origin, Verdict,
     host::{HostPacket, HostTables},
 };
-
-/// BPF_F_TEST_SKB_CHECKSUM_COMPLETE (linux/bpf.h): the skb carries a checksum of the whole packet, and the kernel
-/// recomputes it after the run.
-const CHECKSUM_COMPLETE: u32 = 1 << 2;
-
-const TCX_NEXT: i32 = -1;
-const TC_ACT_SHOT: i32 = 2;
-const TC_ACT_REDIRECT: i32 = 7;
-
-/// The start of `union bpf_attr` for BPF_PROG_TEST_RUN (linux/bpf.h).
-#[repr(C)]
-#[derive(Default)]
-struct TestRun {
-    prog_fd: u32,
-    retval: u32,
-    data_size_in: u32,
-    data_size_out: u32,
-    data_in: u64,
-    data_out: u64,
-    repeat: u32,
-    duration: u32,
-    ctx_size_in: u32,
-    ctx_size_out: u32,
-    ctx_in: u64,
-    ctx_out: u64,
-    flags: u32,
-    cpu: u32,
-    batch_size: u32,
-    /// The kernel wants what follows the last field to be zero.
-    rest: u32,
-}
-
-/// The programs and maps of the object under test, not pinned and not attached.
-struct Kernel {
-    ebpf: Ebpf,
-    services: HashMap<MapData, ExternalKey, ServiceValue>,
-    backends: HashMap<MapData, BackendKey, BackendValue>,
-    members: HashMap<MapData, MemberKey, MemberValue>,
-    pods: HashMap<MapData, PodKey, PodValue>,
-    sessions: HashMap<MapData, SessionKey, SessionValue>,
-    flows: HashMap<MapData, FlowKey, FlowValue>,
-    fragments: HashMap<MapData, FragmentKey, FragmentValue>,
-    drops: PerCpuArray<MapData, u64>,
-}
-
-impl Kernel {
-    fn load() -> Self {
-        let object = env::var("PROXIER_BPF_OBJECT")
-            .unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/../target/proxier.bpf.o").to_owned());
-        let bytes = fs::read(Path::new(&object))
-            .unwrap_or_else(|error| panic!("{object}: {error}; run `cargo xtask build-ebpf`"));
-        let mut ebpf = EbpfLoader::new().load(&bytes).expect("the kernel takes the maps (as root)");
-        for name in ["proxier_request", "proxier_reply", "proxier_pod_in", "proxier_pod_out"] {
-            let program: &mut SchedClassifier = ebpf.program_mut(name).unwrap().try_into().unwrap();
-            program.load().expect("the verifier accepts the program");
-        }
-        fn table<K: aya::Pod, V: aya::Pod>(ebpf: &mut Ebpf, name: &str) -> HashMap<MapData, K, V> {
-            ebpf.take_map(name).unwrap().try_into().unwrap()
-        }
-        Self {
-            services: table(&mut ebpf, "services"),
-            backends: table(&mut ebpf, "backends"),
-            members: table(&mut ebpf, "members"),
-            pods: table(&mut ebpf, "pods"),
-            sessions: table(&mut ebpf, "sessions"),
-            flows: table(&mut ebpf, "flows"),
-            fragments: table(&mut ebpf, "fragments"),
-            drops: match ebpf.take_map("drops").unwrap() {
-                map @ Map::PerCpuArray(_) => map.try_into().unwrap(),
-                other => panic!("drops is a {other:?}"),
-            },
-            ebpf,
-        }
-    }
-
-    /// Makes the maps hold what `tables` holds, and nothing else.
-    fn set(&mut self, tables: &HostTables) {
-        fn same<K: aya::Pod, V: aya::Pod>(
-            map: &mut HashMap<MapData, K, V>,
-            entries: impl Iterator<Item = (K, V)>,
-        ) {
-            let keys: Vec<K> = map.keys().collect::<Result<_, _>>().unwrap();
-            for key in keys {
-                map.remove(&key).unwrap();
-            }
-            for (key, value) in entries {
-                map.insert(key, value, 0).unwrap();
-            }
-        }
-        same(&mut self.services, tables.services.borrow().iter().map(|(key, value)| (*key, *value)));
-        same(&mut self.backends, tables.backends.borrow().iter().map(|(key, value)| (*key, *value)));
-        same(&mut self.members, tables.members.borrow().iter().map(|(key, value)| (*key, *value)));
-        same(&mut self.pods, tables.pods.borrow().iter().map(|(key, value)| (*key, *value)));
-        same(&mut self.sessions, std::iter::empty());
-        same(&mut self.flows, std::iter::empty());
-        same(&mut self.fragments, std::iter::empty());
-    }
-
-    fn run(&self, program: &str, packet: &HostPacket, flags: u32) -> io::Result<(i32, HostPacket)> {
-        const BPF_PROG_TEST_RUN: libc::c_int = 10;
-        let program: &SchedClassifier = self.ebpf.program(program).unwrap().try_into().unwrap();
-        let mut out = vec![0; packet.bytes.len() + 64];
-        // `struct __sk_buff` up to `ingress_ifindex`, here the loopback interface: a packet that the node forwards.
-        let mut context = [0_u32; 10];
-        context[9] = 1;
-        let mut attr = TestRun {
-            prog_fd: program.fd().unwrap().as_fd().as_raw_fd().try_into().unwrap(),
-            data_in: packet.bytes.as_ptr() as u64,
-            data_size_in: packet.bytes.len().try_into().unwrap(),
-            data_out: out.as_mut_ptr() as u64,
-            data_size_out: out.len().try_into().unwrap(),
-            // Once: a second run would be fed with what the first one wrote.
-            repeat: 1,
-            flags,
-            ctx_in: context.as_ptr() as u64,
-            ctx_size_in: size_of_val(&context).try_into().unwrap(),
-            ..TestRun::default()
-        };
-        // SAFETY: the attributes are laid out as the kernel expects, and its pointers cover live buffers of the sizes
-        // beside them.
-        let result =
-            unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &raw mut attr, size_of::<TestRun>()) };
-        if result != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        out.truncate(attr.data_size_out.try_into().unwrap());
-        Ok((attr.retval.cast_signed(), HostPacket::new(out)))
-    }
-
-    fn drops(&self, hook: Hook, reason: DropReason) -> u64 {
-        self.drops.get(&hook.counter(reason), 0).unwrap().iter().sum()
-    }
-}
+use proxier_tests::program::{CHECKSUM_COMPLETE, Kernel, TC_ACT_REDIRECT, TC_ACT_SHOT, TCX_NEXT};
 
 /// Loading takes a second and the maps are shared, so the tests take turns.
 static KERNEL: Mutex<Option<Kernel>> = Mutex::new(None);
