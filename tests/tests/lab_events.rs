@@ -6,25 +6,27 @@
 )]
 
 use std::{
+    collections::BTreeSet,
     net::{IpAddr, SocketAddr},
+    ops::Range,
     thread,
     time::Duration,
 };
 
-use proxier_common::EVENTS_A_SECOND;
+use proxier_common::{EVENTS_A_SECOND, MAX_FLOWS};
 use proxier_tests::{
     exchange::PATIENCE,
     manifests,
     packets::{Packet, TcpFlags},
     scenario::{EDIT_TAKES_EFFECT_WITHIN, SERVICE, Scenario, externals},
     skip_unless_root,
-    topology::{LabSpec, UPLINK},
+    topology::{LabSpec, Pod, UPLINK},
     wait,
 };
 use serde_json::Value;
 
 /// Longer than the agent takes to tell what it has put off.
-const NEXT_LINES: Duration = Duration::from_millis(2500);
+const NEXT_LINES: Duration = Duration::from_millis(1500);
 
 /// A lab whose agent logs as JSON, what `level` lets through.
 fn start(level: &str) -> Scenario {
@@ -202,21 +204,71 @@ fn what_was_dropped_while_no_agent_ran_is_told_by_the_next_one() {
 }
 
 #[test]
-fn statistics_tell_how_many_flows_were_made() {
+fn a_full_table_is_told_with_how_many_conversations_it_cost() {
+    /// Ports of each client.
+    const PORTS: u16 = 50_000;
+    const CLIENTS: u8 = 6;
+    const SENT: u64 = PORTS as u64 * CLIENTS as u64;
+    /// Two looks at the table, ten seconds apart, and what a busy machine takes for them.
+    const COUNTED_WITHIN: Duration = Duration::from_secs(60);
+    skip_unless_root!();
+    let mut scenario = start("info");
+    // Nobody answers: nothing but the flood is on its way.
+    scenario.lab.pods.iter_mut().for_each(Pod::stop);
+    let [external, _] = externals();
+    for client in 1..=CLIENTS {
+        let packets = |ports: Range<u16>| -> Vec<Packet> {
+            let from = |port| SocketAddr::new(IpAddr::from([192, 168, 1, client]), port);
+            let to = SocketAddr::new(external, 5060);
+            ports.map(|port| Packet::sctp_init(from(port), to, 1)).collect()
+        };
+        for first in (0..PORTS).step_by(5_000) {
+            send(&scenario, &packets(10_000 + first..15_000 + first));
+        }
+    }
+    assert_eq!(statistic(&scenario, "flow-inserted"), SENT);
+    assert_eq!(dropped(&scenario, "flow-table-full", "uplink-ingress"), 0);
+    let least = SENT - u64::from(MAX_FLOWS);
+    let counted =
+        wait::until(COUNTED_WITHIN, || (statistic(&scenario, "flow-evicted") >= least).then_some(()));
+    let evicted = statistic(&scenario, "flow-evicted");
+    assert!(counted.is_some(), "{evicted} told, {least} or more evicted");
+    // The kernel evicts some hundred at once, for each CPU.
+    assert!(evicted < least + u64::from(MAX_FLOWS) / 100, "{evicted} told, about {least} evicted");
+
+    let log = scenario.agent().log();
+    let line = log.lines().find(|line| line.contains("`flows` is full")).unwrap_or_else(|| panic!("{log}"));
+    let line: Value = serde_json::from_str(line).unwrap();
+    assert_eq!((&line["level"], &line["map"]), (&"WARN".into(), &"flows".into()));
+    assert_eq!(line["max_entries"], MAX_FLOWS);
+    let told = line["evicted"].as_u64().unwrap();
+    assert!((1..=evicted).contains(&told), "{line}");
+}
+
+#[test]
+fn statistics_tell_how_many_flows_were_made_and_every_one_is_listed_once() {
+    /// More than are read from the kernel at once.
+    const FLOWS: u16 = 3_000;
     skip_unless_root!();
     let scenario = start("info");
     assert_eq!(statistic(&scenario, "flow-inserted"), 0);
     for external in externals() {
-        for port in [42_000, 42_001, 42_001] {
-            let to = SocketAddr::new(external, 5060);
-            send(&scenario, &[Packet::udp(client(&scenario, external, port), to, b"question")]);
-        }
+        let packet = |number| {
+            let from = client(&scenario, external, 10_000 + number);
+            Packet::sctp_init(from, SocketAddr::new(external, 5060), 1)
+        };
+        let packets: Vec<_> = (0..FLOWS).map(packet).collect();
+        send(&scenario, &packets);
+        send(&scenario, &packets[..10]);
     }
-    let counted = wait::until(PATIENCE, || (statistic(&scenario, "flow-inserted") == 4).then_some(()));
-    assert!(counted.is_some(), "{:?}", scenario.get("statistics"));
+    let flows = 2 * u64::from(FLOWS);
+    assert_eq!(statistic(&scenario, "flow-inserted"), flows);
     for name in ["flow-forgotten", "flow-rebuilt", "flow-evicted"] {
         assert_eq!(statistic(&scenario, name), 0, "{name}");
     }
+    let listed: BTreeSet<String> = scenario.get("flows").iter().map(ToString::to_string).collect();
+    assert_eq!(listed.len() as u64, flows);
+
     for format in ["table", "wide", "json", "yaml"] {
         let output = scenario.proxier(&["get", "statistics", "-o", format]);
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
