@@ -13,6 +13,7 @@ pub mod neighbour;
 pub mod netns;
 pub mod packets;
 pub mod program;
+pub mod report;
 pub mod responder;
 pub mod scenario;
 pub mod topology;

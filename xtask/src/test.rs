@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use proxier_tests::report;
 
 use crate::{
     build_ebpf,
@@ -91,11 +92,16 @@ pub(crate) fn run_command(options: &TestOptions) -> Result<bool> {
     let object = build_ebpf::build(&environment)?;
     let agent = if run.iter().any(|tier| tier.needs_root()) { Some(build_agent()?) } else { None };
 
+    let told = tempfile::tempdir().context("no directory for what the tests report")?;
+    let inputs = Inputs { agent: agent.as_deref(), object: &object, told: told.path() };
     let mut reports = Vec::new();
     for tier in run {
-        reports.push(run_tier(tier, agent.as_deref(), &object, &options.filter)?);
+        reports.push(run_tier(tier, &inputs, &options.filter)?);
     }
     println!();
+    for line in report::lines(told.path())? {
+        println!("{line}");
+    }
     for report in &reports {
         println!("{report}");
     }
@@ -214,14 +220,22 @@ impl fmt::Display for Report {
     }
 }
 
-fn run_tier(tier: Tier, agent: Option<&Path>, object: &Path, filter: &[String]) -> Result<Report> {
+/// What the tests that need root are given.
+struct Inputs<'a> {
+    agent: Option<&'a Path>,
+    object: &'a Path,
+    /// Where they leave lines for the summary.
+    told: &'a Path,
+}
+
+fn run_tier(tier: Tier, inputs: &Inputs<'_>, filter: &[String]) -> Result<Report> {
     println!("\n== tests: {tier}");
     let mut command = cargo();
     command.arg("test").args(tier.selection()).arg("--no-fail-fast").arg("--").args(filter);
     // Only where it is read: for the other crates it would look like another build and link the agent anew.
     if tier.needs_root() {
-        command.env("PROXIER_BPF_OBJECT", object);
-        if let Some(agent) = agent {
+        command.env("PROXIER_BPF_OBJECT", inputs.object).env(report::DIRECTORY, inputs.told);
+        if let Some(agent) = inputs.agent {
             command.env("PROXIER_AGENT", agent);
         }
     }
