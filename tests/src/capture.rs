@@ -44,7 +44,8 @@ pub struct Frame {
     pub direction: Direction,
     /// From the Ethernet header on.
     pub bytes: Vec<u8>,
-    /// Whether the transport checksum is there. On a veth it may be left for hardware that never comes.
+    /// Whether the transport checksum is there. On a veth it may be left for hardware that never comes, with the sum over
+    /// the pseudo-header in its place.
     pub checksum_is_complete: bool,
     /// The IP packet in it; none if it carries something else, such as ARP.
     pub packet: Option<Packet>,
@@ -110,16 +111,21 @@ impl Capture {
         wait::until(timeout, || self.packets(direction).into_iter().find(|packet| matches(packet)))
     }
 
-    /// Every packet whose transport checksum is there and wrong, as sentences.
+    /// Every packet whose transport checksum is wrong, or would be once the hardware had filled it in, as sentences.
     #[must_use]
     pub fn wrong_checksums(&self) -> Vec<String> {
         self.read();
         let frames = self.frames.borrow();
-        let complete = frames.iter().filter(|frame| frame.checksum_is_complete);
-        complete
-            .filter_map(|frame| frame.packet.as_ref()?.check_checksum().err())
-            .map(|error| format!("{}: {error:#}", self.name))
-            .collect()
+        let check = |frame: &Frame| {
+            let packet = frame.packet.as_ref()?;
+            let checked = if frame.checksum_is_complete {
+                packet.check_checksum()
+            } else {
+                packet.check_checksum_left_to_hardware()
+            };
+            checked.err()
+        };
+        frames.iter().filter_map(check).map(|error| format!("{}: {error:#}", self.name)).collect()
     }
 
     fn read(&self) {

@@ -128,7 +128,7 @@ impl Question {
         let at_client = lab.client.capture()?;
         let at_pods: Vec<(&Host, Capture)> =
             lab.pods.iter().map(|pod| Ok((&pod.host, pod.host.capture()?))).collect::<anyhow::Result<_>>()?;
-        let answer = self.exchange(&lab.client, &at_client)?;
+        let answer = self.exchange(&lab.client)?;
         let number = self.protocol.number(self.to.ip());
         let mut pods_saw = Vec::new();
         let mut wrong_checksums = at_client.wrong_checksums();
@@ -147,14 +147,18 @@ impl Question {
     ///
     /// As [`Self::ask`].
     pub fn ask_who(&self, client: &Host) -> anyhow::Result<Result<Sighting, String>> {
-        let capture = client.capture()?;
-        let answer = self.exchange(client, &capture)?;
+        let answer = self.exchange(client)?;
         Ok(answer.and_then(|bytes| {
             Sighting::in_answer(&bytes).ok_or_else(|| "the answer names no pod".to_owned())
         }))
     }
 
-    fn exchange(&self, client: &Host, capture: &Capture) -> anyhow::Result<Result<Vec<u8>, String>> {
+    /// Asks on a host, and returns the answer as a program there gets it, or why it gets none.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::ask`].
+    pub fn exchange(&self, client: &Host) -> anyhow::Result<Result<Vec<u8>, String>> {
         let Self { protocol, from, to, timeout } = *self;
         match protocol {
             Protocol::Tcp => Ok(self.tcp(client).map_err(|error| format!("{error:#}"))),
@@ -175,8 +179,9 @@ impl Question {
             }
             _ => {
                 let request = self.request();
+                let inbox = client.inbox(request.protocol, from.ip())?;
                 client.send(std::slice::from_ref(&request))?;
-                let answer = capture.wait_for(timeout, Direction::In, |packet| is_answer(packet, &request));
+                let answer = inbox.wait_for(timeout, |packet| is_answer(packet, &request))?;
                 Ok(answer.map(|packet| packet.payload).ok_or_else(|| "no answer".to_owned()))
             }
         }
@@ -213,16 +218,22 @@ impl Question {
     }
 }
 
-/// Whether `packet` answers `request`: the same tuple the other way round.
+/// Whether `packet` answers `request`: the same tuple the other way round, and no question itself. To a host that asks
+/// itself, its own question comes back first.
 fn is_answer(packet: &Packet, request: &Packet) -> bool {
     packet.protocol == request.protocol
         && packet.source == request.destination
         && packet.destination == request.source
         && packet.ports() == request.ports().map(|(source, destination)| (destination, source))
         && match request.protocol {
-            protocol::ICMP | protocol::ICMPV6 => packet.echo() == request.echo(),
+            protocol::ICMP | protocol::ICMPV6 => {
+                packet.echo() == request.echo() && packet.payload.first() != request.payload.first()
+            }
             // The header that names the tunnel.
-            protocol::GRE | protocol::ESP => packet.payload.get(..8) == request.payload.get(..8),
+            protocol::GRE | protocol::ESP => {
+                packet.payload.get(..8) == request.payload.get(..8)
+                    && Sighting::in_answer(&packet.payload).is_some()
+            }
             _ => true,
         }
 }

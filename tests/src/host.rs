@@ -1,4 +1,4 @@
-//! A host of the lab: a namespace with one interface, whose programs open sockets and send packets of any shape.
+//! A host of the lab: a namespace with an interface, whose programs open sockets and send packets of any shape.
 
 use std::{
     io,
@@ -11,14 +11,29 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
     capture::{Capture, link_address},
+    inbox::Inbox,
     netns::Namespace,
     packets::{Packet, protocol},
 };
 
-/// Its only interface, apart from loopback.
+/// The only interface of hosts that have one, apart from loopback.
 pub const INTERFACE: &str = "eth0";
 
-/// A host with one interface called [`INTERFACE`] and one neighbour behind it.
+/// How packets made by hand leave a host.
+#[derive(Clone, Copy, Debug)]
+pub enum Output {
+    /// As frames, which the host's own stack never sees.
+    Link {
+        /// The interface's hardware address.
+        mac: [u8; 6],
+        /// The hardware address of the gateway, which all frames are sent to.
+        gateway_mac: [u8; 6],
+    },
+    /// As a program's packets: the host's stack routes them, and what sits on its way out sees them as made here.
+    Stack,
+}
+
+/// A host that clients and servers run on.
 #[derive(Debug)]
 pub struct Host {
     /// What reports call it.
@@ -27,10 +42,10 @@ pub struct Host {
     pub namespace: Namespace,
     /// Its addresses of both families, the first of a family being its own address in replies and reports.
     pub addresses: Vec<IpAddr>,
-    /// Its interface's hardware address.
-    pub mac: [u8; 6],
-    /// The hardware address at the other end, which packets made by hand are sent to.
-    pub gateway_mac: [u8; 6],
+    /// Its interface, or the one of several by which it is a client.
+    pub interface: String,
+    /// How packets made by hand leave.
+    pub output: Output,
 }
 
 impl Host {
@@ -53,7 +68,7 @@ impl Host {
     ///
     /// As [`Capture::start`].
     pub fn capture(&self) -> anyhow::Result<Capture> {
-        Capture::start(&self.namespace, INTERFACE)
+        Capture::start(&self.namespace, &self.interface)
     }
 
     /// Opens a TCP connection from `from` (port 0: any).
@@ -99,23 +114,44 @@ impl Host {
         })
     }
 
-    /// Sends packets as they are, whatever this host's own stack thinks of them.
+    /// Sends packets as they are. Of those that go by [`Output::Stack`] the stack fills in IPv4's header checksum, and
+    /// refuses what it cannot route.
     ///
     /// # Errors
     ///
-    /// The interface is down.
+    /// The interface is down, or there is no route.
     pub fn send(&self, packets: &[Packet]) -> anyhow::Result<()> {
-        let socket = self.namespace.enter(|| -> anyhow::Result<Socket> {
-            let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
-            let index = nix::net::if_::if_nametoindex(INTERFACE)?;
-            socket.bind(&link_address(index, 0)?)?;
-            Ok(socket)
-        })?;
-        for packet in packets {
-            let frame = packet.frame(self.mac, self.gateway_mac);
-            socket.send(&frame).with_context(|| format!("{} cannot send {packet}", self.name))?;
-        }
-        Ok(())
+        let send = |packet: &Packet| match self.output {
+            Output::Link { mac, gateway_mac } => {
+                let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
+                let index = nix::net::if_::if_nametoindex(self.interface.as_str())?;
+                socket.bind(&link_address(index, 0)?)?;
+                socket.send(&packet.frame(mac, gateway_mac)).map_err(anyhow::Error::from)
+            }
+            Output::Stack => {
+                let to = SocketAddr::new(packet.destination, 0);
+                // Sockets of this protocol number expect the IP header to be there, in both families.
+                let protocol = Protocol::from(libc::IPPROTO_RAW);
+                let socket = Socket::new(Domain::for_address(to), Type::RAW, Some(protocol))?;
+                socket.send_to(&packet.encode(), &to.into()).map_err(anyhow::Error::from)
+            }
+        };
+        self.namespace.enter(|| {
+            packets.iter().try_for_each(|packet| {
+                send(packet).map(drop).with_context(|| format!("{} cannot send {packet}", self.name))
+            })
+        })
+    }
+
+    /// What its kernel hands to programs of `protocol`, at its address `local`, from now on.
+    ///
+    /// # Errors
+    ///
+    /// No privilege, or not its address.
+    pub fn inbox(&self, protocol: u8, local: IpAddr) -> anyhow::Result<Inbox> {
+        self.namespace
+            .enter(|| Inbox::open(protocol, local))
+            .with_context(|| format!("{} cannot receive at {local}", self.name))
     }
 
     /// Keeps this host's kernel from answering "protocol unreachable" to replies that only a capture reads, for as

@@ -8,6 +8,7 @@ pub mod capture;
 pub mod connection;
 pub mod exchange;
 pub mod host;
+pub mod inbox;
 pub mod manifests;
 pub mod neighbour;
 pub mod netns;

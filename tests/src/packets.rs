@@ -497,6 +497,26 @@ impl Packet {
         Ok(())
     }
 
+    /// Compares the sum over the pseudo-header, which the hardware is to add the rest to, with one from scratch.
+    ///
+    /// # Errors
+    ///
+    /// It is wrong. Packets within which another one has its checksum left to the hardware are not for this.
+    pub fn check_checksum_left_to_hardware(&self) -> anyhow::Result<()> {
+        let offset = match self.protocol {
+            protocol::TCP => 16,
+            protocol::UDP => 6,
+            _ => bail!("no checksum of this protocol is left to the hardware: {self}"),
+        };
+        let field =
+            self.payload.get(offset..).and_then(<[u8]>::first_chunk).context("the packet ends early")?;
+        let sum = !self.pseudo_header_sum(self.payload.len()).ones_complement();
+        // etherparse sums words as they lie in memory. Zero has two forms in ones' complement.
+        let same = u16::from_ne_bytes(*field) % 0xffff == sum % 0xffff;
+        ensure!(same, "wrong sum over the pseudo-header: {self}");
+        Ok(())
+    }
+
     /// Complement of the sum over the pseudo-header and what `payload` has covered; 0 over a whole right packet.
     fn sum(&self, payload: &[u8]) -> u16 {
         let covered = match self.protocol {
@@ -507,10 +527,13 @@ impl Packet {
             },
             _ => payload,
         };
-        let mut sum = Sum16BitWords::new()
-            .add_2bytes([0, self.protocol])
-            .add_2bytes(length(payload.len()).to_be_bytes())
-            .add_slice(covered);
+        self.pseudo_header_sum(payload.len()).add_slice(covered).ones_complement()
+    }
+
+    /// The sum over the addresses, the protocol and the length of the transport header and data.
+    fn pseudo_header_sum(&self, size: usize) -> Sum16BitWords {
+        let mut sum =
+            Sum16BitWords::new().add_2bytes([0, self.protocol]).add_2bytes(length(size).to_be_bytes());
         match (self.source, self.destination) {
             (IpAddr::V4(source), IpAddr::V4(destination)) => {
                 sum.add_4bytes(source.octets()).add_4bytes(destination.octets())
@@ -520,7 +543,6 @@ impl Packet {
             }
             _ => unreachable!("new() has checked the families"),
         }
-        .ones_complement()
     }
 
     fn with_checksum_at(mut self, offset: usize) -> Self {
@@ -711,6 +733,31 @@ mod tests {
                 let covered = ![protocol::GRE, protocol::ESP, protocol::SCTP, protocol::ICMP]
                     .contains(&packet.protocol);
                 assert_eq!(packet.check_checksum().is_err(), covered, "{packet}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_sum_left_to_the_hardware_covers_addresses_and_length() {
+        for (source, destination) in both_families() {
+            for mut packet in [
+                Packet::tcp(source, destination, TcpFlags::default(), 7, b"data"),
+                Packet::udp(source, destination, b"data"),
+            ] {
+                packet.check_checksum_left_to_hardware().unwrap_err();
+                let offset = if packet.protocol == protocol::TCP { 16 } else { 6 };
+                let sum = !packet.pseudo_header_sum(packet.payload.len()).ones_complement();
+                packet.payload[offset..offset + 2].copy_from_slice(&sum.to_ne_bytes());
+                packet.check_checksum_left_to_hardware().unwrap();
+                // Filling in the rest, as the hardware would, makes the packet right.
+                let filled = Sum16BitWords::new().add_slice(&packet.payload).ones_complement();
+                let mut whole = packet.clone();
+                whole.payload[offset..offset + 2].copy_from_slice(&filled.to_ne_bytes());
+                whole.check_checksum().unwrap();
+                let longer = Packet { payload: [&packet.payload[..], b"!"].concat(), ..packet.clone() };
+                longer.check_checksum_left_to_hardware().unwrap_err();
+                packet.destination = packet.source;
+                packet.check_checksum_left_to_hardware().unwrap_err();
             }
         }
     }

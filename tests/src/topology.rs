@@ -17,9 +17,23 @@
 //! External addresses are nobody's: the client sends them to the node as it sends everything, as a router would that
 //! learned them by BGP. The node's own default route leads back to the client, so that a packet that nothing has
 //! rewritten comes back out and is seen.
+//!
+//! Pods may be on a bridge instead ([`PodNetwork::Bridge`]): the node's ends of their links are its ports, and the
+//! pods see one another on the link.
+//!
+//! ```text
+//!                             │       cni0 11.0.2.1/24           pod1 ├──────┤ eth0 11.0.2.2/24  │
+//!                             │            1100::1/64            pod2 ├──────┤ eth0 11.0.2.3/24  │
+//! ```
+//!
+//! And there may be a router on the way ([`LabSpec::with_router`]), so that neither end of the way knows how narrow it is.
+//!
+//! ```text
+//!   eth0 192.168.2.100/24 ├──────┤ client0 192.168.2.1/24  PREFIX-router  192.168.1.254/24 node0 ├──────┤ uplink0
+//!        fd00:2::100/64   │      │         fd00:2::1/64                   fd00:1::254/64         │      │
+//! ```
 
 use std::{
-    fmt::Write as _,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     sync::atomic::{AtomicU32, Ordering},
@@ -30,12 +44,14 @@ use anyhow::Context as _;
 use socket2::Socket;
 
 use crate::{
-    capture::{Capture, Direction},
-    host::{Host, INTERFACE},
+    capture::Direction,
+    host::{Host, Output},
     netns::{self, Namespace},
     packets::{Packet, protocol},
     responder::{Ports, Responder},
 };
+
+mod links;
 
 /// The node's interface towards the client.
 pub const UPLINK: &str = "uplink0";
@@ -47,8 +63,6 @@ pub const BPFFS: &str = "/sys/fs/bpf";
 const CONNECTED_WITHIN: Duration = Duration::from_secs(10);
 const NODE_V4: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 1);
 const NODE_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 1);
-const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x64];
-const UPLINK_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
 /// What a pod is called and which addresses it has.
 #[derive(Clone, Debug)]
@@ -59,6 +73,15 @@ pub struct PodSpec {
     pub addresses: Vec<IpAddr>,
 }
 
+/// How pods are connected with their node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PodNetwork {
+    /// Each by a link of its own, over which the node routes to its one address, as Calico and kindnet do.
+    PointToPoint,
+    /// By a bridge that is the gateway of a subnet, as flannel does. Pods reach one another past the node's IP stack.
+    Bridge,
+}
+
 /// What to build.
 #[derive(Clone, Debug)]
 pub struct LabSpec {
@@ -66,10 +89,14 @@ pub struct LabSpec {
     pub prefix: String,
     /// The directory on the bpffs that the agent may use. It is removed with the lab, and before it is built.
     pub pin_path: PathBuf,
-    /// The pods.
+    /// The pods. Those on a bridge are in 11.0.2.0/24 and 1100::/64.
     pub pods: Vec<PodSpec>,
+    /// How they are connected.
+    pub pod_network: PodNetwork,
     /// How many addresses of each family the client has: 192.168.1.100, .101, ... and fd00:1::100, ::101, ...
     pub clients: u8,
+    /// Whether a router is between the client and the node. The client then is 192.168.2.100 and fd00:2::100.
+    pub router: bool,
     /// Whether veths keep their offloads, as they do on users' nodes: no checksums in software, large segments.
     pub offloads: bool,
 }
@@ -78,21 +105,17 @@ impl LabSpec {
     /// A lab with two pods, those that `deploy/examples` has on node1.
     #[must_use]
     pub fn new(prefix: &str) -> Self {
-        let pod = |index: u8| PodSpec {
-            name: format!("alpine-{index}"),
-            addresses: vec![
-                Ipv4Addr::new(11, 0, 2, 1 + index).into(),
-                Ipv6Addr::new(0x1100, 0, 0, 0, 0, 0, 0, 0x201 + u16::from(index)).into(),
-            ],
-        };
-        Self {
+        let spec = Self {
             prefix: prefix.to_owned(),
             // Never the agent's default, which a real agent on this machine may be using.
             pin_path: Path::new(BPFFS).join(format!("{prefix}-lab")),
-            pods: vec![pod(1), pod(2)],
+            pods: Vec::new(),
+            pod_network: PodNetwork::PointToPoint,
             clients: 1,
+            router: false,
             offloads: true,
-        }
+        };
+        spec.with_pods(2)
     }
 
     /// As [`Self::new`], with a prefix that no other lab on this machine has.
@@ -106,6 +129,31 @@ impl LabSpec {
     #[must_use]
     pub fn with_clients(self, clients: u8) -> Self {
         Self { clients, ..self }
+    }
+
+    /// The same with this many pods: alpine-1 at 11.0.2.2 and 1100::202, and so on.
+    #[must_use]
+    pub fn with_pods(self, pods: u8) -> Self {
+        let pod = |index: u8| PodSpec {
+            name: format!("alpine-{index}"),
+            addresses: vec![
+                Ipv4Addr::new(11, 0, 2, 1 + index).into(),
+                Ipv6Addr::new(0x1100, 0, 0, 0, 0, 0, 0, 0x201 + u16::from(index)).into(),
+            ],
+        };
+        Self { pods: (1..=pods).map(pod).collect(), ..self }
+    }
+
+    /// The same with pods connected in another way.
+    #[must_use]
+    pub fn with_pod_network(self, pod_network: PodNetwork) -> Self {
+        Self { pod_network, ..self }
+    }
+
+    /// The same with a router between the client and the node.
+    #[must_use]
+    pub fn with_router(self) -> Self {
+        Self { router: true, ..self }
     }
 
     /// The same without offloads.
@@ -131,24 +179,6 @@ impl Pod {
     }
 }
 
-/// The node: forwards between client and pods.
-#[derive(Debug)]
-pub struct Node {
-    /// Where the agent runs.
-    pub namespace: Namespace,
-}
-
-impl Node {
-    /// Starts to see what passes the uplink.
-    ///
-    /// # Errors
-    ///
-    /// As [`Capture::start`].
-    pub fn capture(&self) -> anyhow::Result<Capture> {
-        Capture::start(&self.namespace, UPLINK)
-    }
-}
-
 /// A client, a node and its pods. Everything is removed when this is dropped.
 #[derive(Debug)]
 pub struct Lab {
@@ -159,8 +189,11 @@ pub struct Lab {
     pub pods: Vec<Pod>,
     /// Who asks.
     pub client: Host,
-    /// Who forwards, and runs the agent.
-    pub node: Node,
+    /// The router between the two, if there is one.
+    pub router: Option<Namespace>,
+    /// Who forwards, and runs the agent. A client as well, by its uplink; nothing answers on it.
+    pub node: Host,
+    pod_network: PodNetwork,
     pins: Pins,
 }
 
@@ -189,19 +222,37 @@ impl Lab {
         remove_leftovers();
         let pins = Pins::new(&spec.pin_path)?;
         let name = |role: &str| format!("{}-{role}", spec.prefix);
-        let node = Node { namespace: new_namespace(&name("node"))? };
-        for parameter in ["net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding"] {
-            node.namespace.sysctl(parameter, "1")?;
+        let node = Host {
+            name: "node".to_owned(),
+            namespace: links::new_router(&name("node"))?,
+            addresses: vec![NODE_V4.into(), NODE_V6.into()],
+            interface: UPLINK.to_owned(),
+            output: Output::Stack,
+        };
+        let router = spec.router.then(|| links::new_router(&name("router"))).transpose()?;
+        let client = links::connect_client(spec, &node.namespace, router.as_ref(), &name("client"))?;
+        if spec.pod_network == PodNetwork::Bridge {
+            links::new_bridge(&node.namespace)?;
         }
-        let client = new_client(spec, &node, &name("client"))?;
         let mut pods = Vec::new();
         for (index, pod) in (1..).zip(&spec.pods) {
-            pods.push(new_pod(pod, index, spec.offloads, &node, &name(&format!("pod-{index}")))?);
+            let host = links::connect_pod(spec, pod, index, &node.namespace, &name(&format!("pod-{index}")))?;
+            let responder = Responder::start(&host.namespace, &host.name, &Ports::default())?;
+            pods.push(Pod { responder: Some(responder), host });
         }
         let accepted =
             client.accept_protocols(&[protocol::SCTP, protocol::DCCP, protocol::GRE, protocol::ESP])?;
         let responder = Responder::start(&client.namespace, &client.name, &Ports::default())?;
-        let lab = Self { _accepted: accepted, _client_responder: responder, pods, client, node, pins };
+        let lab = Self {
+            _accepted: accepted,
+            _client_responder: responder,
+            pods,
+            client,
+            router,
+            node,
+            pod_network: spec.pod_network,
+            pins,
+        };
         lab.wait_until_connected()?;
         Ok(lab)
     }
@@ -291,104 +342,4 @@ fn remove_leftovers() {
     for entry in pins.filter(|entry| entry.file_name().to_str().is_some_and(is_dead)) {
         let _ = std::fs::remove_dir_all(entry.path());
     }
-}
-
-fn new_namespace(name: &str) -> anyhow::Result<Namespace> {
-    let namespace = Namespace::create(name)?;
-    // Duplicate address detection would keep IPv6 silent for a second or two.
-    for parameter in ["accept_dad", "dad_transmits", "accept_ra", "router_solicitations"] {
-        namespace.sysctl(&format!("net.ipv6.conf.default.{parameter}"), "0")?;
-    }
-    Ok(namespace)
-}
-
-fn new_client(spec: &LabSpec, node: &Node, namespace: &str) -> anyhow::Result<Host> {
-    let namespace = new_namespace(namespace)?;
-    let addresses: Vec<IpAddr> = (0..spec.clients)
-        .flat_map(|index| {
-            let v4 = Ipv4Addr::new(192, 168, 1, 100 + index);
-            // ::100, ::101 ... as people write them, though the digits are hexadecimal.
-            let v6 = Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 0x100 + u16::from(index));
-            [IpAddr::V4(v4), IpAddr::V6(v6)]
-        })
-        .collect();
-    namespace.ip(&format!(
-        "link add {INTERFACE} address {} type veth peer name {UPLINK} address {} netns {}",
-        mac(CLIENT_MAC),
-        mac(UPLINK_MAC),
-        node.namespace.name(),
-    ))?;
-    let mut batch = String::new();
-    for address in &addresses {
-        // A route may name a source address only once that is past duplicate address detection.
-        let (length, flags) = if address.is_ipv4() { (24, "") } else { (64, "nodad") };
-        let _ = writeln!(batch, "address add {address}/{length} dev {INTERFACE} {flags}");
-    }
-    let _ = writeln!(batch, "link set {INTERFACE} up");
-    node.namespace.ip(&format!(
-        "address add {NODE_V4}/24 dev {UPLINK}\naddress add {NODE_V6}/64 dev {UPLINK} nodad\nlink set {UPLINK} up\n"
-    ))?;
-    let (v4, v6) = (addresses[0], addresses[1]);
-    namespace.ip(&format!(
-        "{batch}route add default via {NODE_V4} src {v4}\nroute add default via {NODE_V6} src {v6}\n"
-    ))?;
-    node.namespace.ip(&format!("route add default via {v4}\nroute add default via {v6}\n"))?;
-    if !spec.offloads {
-        without_offloads(&namespace, INTERFACE)?;
-        without_offloads(&node.namespace, UPLINK)?;
-    }
-    Ok(Host { name: "client".to_owned(), namespace, addresses, mac: CLIENT_MAC, gateway_mac: UPLINK_MAC })
-}
-
-fn new_pod(spec: &PodSpec, index: u8, offloads: bool, node: &Node, namespace: &str) -> anyhow::Result<Pod> {
-    let namespace = new_namespace(namespace)?;
-    let (pod_mac, host_mac) = ([2, 0, 0, 0, 2, index], [2, 0, 0, 0, 1, index]);
-    let veth = pod_link(index);
-    namespace.ip(&format!(
-        "link add {INTERFACE} address {} type veth peer name {veth} address {} netns {}",
-        mac(pod_mac),
-        mac(host_mac),
-        node.namespace.name(),
-    ))?;
-    let mut in_pod = format!("link set {INTERFACE} up\n");
-    let mut in_node = format!(
-        "address add 169.254.1.1/32 dev {veth}\naddress add fe80::1/64 dev {veth} nodad\nlink set {veth} up\n"
-    );
-    for address in &spec.addresses {
-        let (length, flags) = if address.is_ipv4() { (32, "") } else { (128, "nodad") };
-        let _ = writeln!(in_pod, "address add {address}/{length} dev {INTERFACE} {flags}");
-        let _ = writeln!(in_node, "route add {address}/{length} dev {veth}");
-    }
-    in_pod.push_str("route add 169.254.1.1 dev eth0 scope link\nroute add default via 169.254.1.1\n");
-    let _ = writeln!(in_pod, "route add default via fe80::1 dev {INTERFACE}");
-    node.namespace.ip(&in_node)?;
-    namespace.ip(&in_pod)?;
-    if !offloads {
-        without_offloads(&namespace, INTERFACE)?;
-        without_offloads(&node.namespace, &veth)?;
-    }
-    let responder = Responder::start(&namespace, &spec.name, &Ports::default())?;
-    let host = Host {
-        name: spec.name.clone(),
-        namespace,
-        addresses: spec.addresses.clone(),
-        mac: pod_mac,
-        gateway_mac: host_mac,
-    };
-    Ok(Pod { responder: Some(responder), host })
-}
-
-fn without_offloads(namespace: &Namespace, interface: &str) -> anyhow::Result<()> {
-    let status = namespace
-        .command("ethtool")?
-        .args(["-K", interface, "tx", "off", "rx", "off", "tso", "off", "gso", "off", "gro", "off"])
-        .stdout(std::process::Stdio::null())
-        .status()
-        .context("cannot run `ethtool`: install ethtool")?;
-    anyhow::ensure!(status.success(), "ethtool could not switch off the offloads of {interface}");
-    Ok(())
-}
-
-fn mac(bytes: [u8; 6]) -> String {
-    bytes.map(|byte| format!("{byte:02x}")).join(":")
 }

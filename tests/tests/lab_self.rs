@@ -14,7 +14,7 @@ use proxier_tests::{
     netns,
     packets::Packet,
     skip_unless_root,
-    topology::{Lab, LabSpec},
+    topology::{Lab, LabSpec, PodNetwork},
 };
 
 const NFT: &str = "
@@ -30,7 +30,12 @@ table inet lab {
 #[test]
 fn every_protocol_reaches_a_pod_at_its_own_address() {
     skip_unless_root!();
-    for spec in [LabSpec::unique(), LabSpec::unique().without_offloads()] {
+    let specs = [
+        LabSpec::unique(),
+        LabSpec::unique().without_offloads(),
+        LabSpec::unique().with_pod_network(PodNetwork::Bridge).with_router(),
+    ];
+    for spec in specs {
         let lab = Lab::build(&spec).unwrap();
         for protocol in Protocol::ALL {
             for address in lab.pods[1].host.addresses.clone() {
