@@ -10,6 +10,7 @@ pub mod exchange;
 pub mod host;
 pub mod inbox;
 pub mod manifests;
+pub mod matrix;
 pub mod neighbour;
 pub mod netns;
 pub mod packets;
