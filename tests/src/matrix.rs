@@ -97,7 +97,7 @@ impl fmt::Display for Pods {
 /// What is tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Check {
-    /// A connection, and a transfer large enough for segmentation offload.
+    /// A connection, and a transfer whose large segments and unfinished checksums stay what they are.
     Tcp,
     /// UDP and UDP-Lite; who stays on which pod, and that not all are on one.
     Udp,

@@ -47,6 +47,7 @@ pub(super) fn check(check: Check, case: &Case<'_>) -> anyhow::Result<()> {
             ask(case, &[Protocol::Tcp])?;
             let watch = Watch::start(case)?;
             transfer(case)?;
+            watch.offloads_stayed_on()?;
             watch.finish(&[protocol::TCP])
         }
         Check::Udp => {

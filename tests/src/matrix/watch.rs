@@ -7,10 +7,13 @@ use anyhow::{Context as _, bail, ensure};
 
 use super::{Client, ground::Case};
 use crate::{
-    capture::{Capture, Direction},
+    capture::{Capture, Direction, Frame},
     host::Host,
-    packets::Packet,
+    packets::{Packet, protocol},
 };
+
+/// More than this no link of the lab carries in one packet.
+const ETHERNET_MTU: usize = 1500;
 
 /// Sees all that a cell's exchanges cause.
 #[derive(Debug)]
@@ -43,8 +46,31 @@ impl<'a> Watch<'a> {
 
     /// What reached the client's pod so far.
     pub(super) fn pod_saw(&self) -> anyhow::Result<Vec<Packet>> {
+        Ok(self.at_pod()?.packets(Direction::In))
+    }
+
+    /// Both sides got segments larger than any link carries, with checksums left to the hardware, as without proxier: it
+    /// neither cut them nor filled them in.
+    ///
+    /// # Errors
+    ///
+    /// One of them did not.
+    pub(super) fn offloads_stayed_on(&self) -> anyhow::Result<()> {
+        for (side, capture) in [("pod", self.at_pod()?), ("client", &self.at_client)] {
+            let whole = |frame: &Frame| {
+                let is_large = frame.packet.as_ref().is_some_and(|packet| {
+                    packet.protocol == protocol::TCP && packet.payload.len() > ETHERNET_MTU
+                });
+                frame.direction == Direction::In && is_large && !frame.checksum_is_complete
+            };
+            ensure!(capture.frames().iter().any(whole), "no large segment reached the {side} as it was sent");
+        }
+        Ok(())
+    }
+
+    fn at_pod(&self) -> anyhow::Result<&Capture> {
         let own = self.at_pods.iter().find(|(pod, _)| pod.name == self.case.pod.name);
-        Ok(own.context("the client's pod is not watched")?.1.packets(Direction::In))
+        Ok(&own.context("the client's pod is not watched")?.1)
     }
 
     /// Judges what was seen.
@@ -100,11 +126,7 @@ impl<'a> Watch<'a> {
         let external = self.case.external;
         for frame in self.at_client.frames() {
             let Some(packet) = frame.packet.filter(|_| frame.direction == Direction::In) else { continue };
-            ensure!(
-                !packet.is_redirect(),
-                "a redirect names the pod to the client: {packet} {:02x?}",
-                packet.payload
-            );
+            ensure!(!packet.is_redirect(), "a redirect names the pod to the client: {packet}");
             if packet.is_link_housekeeping() {
                 continue;
             }
