@@ -45,7 +45,9 @@ impl Packet {
         let offset = match self.protocol {
             protocol::TCP => 16,
             protocol::UDP => 6,
-            _ => bail!("no checksum of this protocol is left to the hardware: {self}"),
+            // The lab's kernels leave no other. What a program made out of such a packet, an ICMP error, still looks like
+            // one, but nobody is going to fill it in.
+            _ => return self.check_checksum(),
         };
         let field =
             self.payload.get(offset..).and_then(<[u8]>::first_chunk).context("the packet ends early")?;
