@@ -5,7 +5,10 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use proxier_common::Address;
-use proxier_ebpf::packet::{NetworkHeader, Packet, Plain, WriteError};
+use proxier_ebpf::{
+    packet::{NetworkHeader, Packet, Plain, WriteError},
+    verifier,
+};
 
 /// Length of an Ethernet header, in bytes.
 pub(super) const ETHERNET_HEADER: u32 = 14;
@@ -61,18 +64,20 @@ impl<const LINK_HEADER: u32> Packet for Skb<'_, LINK_HEADER> {
         // SAFETY: the kernel hands over a valid context, and `protocol` is readable at this hook.
         let protocol = unsafe { (*self.context.skb.skb).protocol };
         // 16 bits in network order, in the lower half of the field.
-        match u16::from_be((protocol & 0xffff) as u16) {
-            ETHERTYPE_IPV4 => Some(NetworkHeader::V4(LINK_HEADER)),
-            ETHERTYPE_IPV6 => Some(NetworkHeader::V6(LINK_HEADER)),
+        let mut protocol = u16::from_be((protocol & 0xffff) as u16);
+        let mut offset = LINK_HEADER;
+        if let ETHERTYPE_VLAN | ETHERTYPE_QINQ = protocol
+            && LINK_HEADER != NO_LINK_HEADER
+        {
             // The kernel takes one tag off and keeps it beside the data; this is a second one, within.
-            ETHERTYPE_VLAN | ETHERTYPE_QINQ if LINK_HEADER != 0 => {
-                let inner: [u8; 2] = self.load(LINK_HEADER + 2)?;
-                match u16::from_be_bytes(inner) {
-                    ETHERTYPE_IPV4 => Some(NetworkHeader::V4(LINK_HEADER + VLAN_TAG)),
-                    ETHERTYPE_IPV6 => Some(NetworkHeader::V6(LINK_HEADER + VLAN_TAG)),
-                    _ => None,
-                }
-            }
+            protocol = u16::from_be_bytes(self.load(offset + 2)?);
+            offset += VLAN_TAG;
+        }
+        // With and without a tag are one path from here.
+        let offset = verifier::forget(offset);
+        match protocol {
+            ETHERTYPE_IPV4 => Some(NetworkHeader::V4(offset)),
+            ETHERTYPE_IPV6 => Some(NetworkHeader::V6(offset)),
             _ => None,
         }
     }
