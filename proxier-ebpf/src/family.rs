@@ -50,12 +50,15 @@ impl Payload {
         Self { offset: 0, end: limit, identification: 0, protocol: 0, fragment: Fragment::Whole, quoted }
     }
 
-    /// Where the IP packet at `offset` ends; 0 if that is behind the limit. A total length of 0 is that of a packet of
-    /// more than 64 KiB that never leaves the machine in one piece (BIG TCP, Linux 5.19 and 6.3): the limit counts.
+    /// Where the IP packet ends whose length field has `length`, counted from `start`; 0 if that is behind the limit.
+    ///
+    /// A packet of more than 64 KiB, which never leaves the machine in one piece (BIG TCP, Linux 5.19 and 6.3), has a length of
+    /// 0: the limit counts, and likewise where such a packet is quoted. In a smaller one 0 is a length like any other.
     #[inline(always)]
-    const fn end_of_packet(&self, offset: u32, total_length: u32) -> u32 {
-        let (limit, end) = (self.end, offset + total_length);
-        if total_length == 0 || self.quoted && end > limit {
+    const fn end_of_packet(&self, start: u32, length: u32) -> u32 {
+        let (limit, end) = (self.end, start + length);
+        let is_big = length == 0 && (self.quoted || limit > start + MAX_LENGTH);
+        if is_big || self.quoted && end > limit {
             limit
         } else if end <= limit {
             end
@@ -64,6 +67,9 @@ impl Payload {
         }
     }
 }
+
+/// The largest number in an IP header's length field.
+const MAX_LENGTH: u32 = 0xffff;
 
 /// One address family.
 pub trait Family {
@@ -299,9 +305,8 @@ impl Family for V6 {
     /// verifier has patience for.
     #[inline(never)]
     fn payload<P: Packet>(packet: &P, offset: u32, header: &Self::Header, payload: &mut Payload) -> bool {
-        let payload_length = u32::from(u16::from_be_bytes(header.payload_length));
-        let total_length = if payload_length == 0 { 0 } else { payload_length + V6_HEADER_LENGTH };
-        payload.end = payload.end_of_packet(offset, total_length);
+        let payload_length = u16::from_be_bytes(header.payload_length).into();
+        payload.end = payload.end_of_packet(offset + V6_HEADER_LENGTH, payload_length);
         payload.fragment = Fragment::Whole;
         payload.identification = 0;
         let mut protocol = header.next_header;

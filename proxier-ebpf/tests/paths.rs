@@ -315,13 +315,42 @@ fn a_header_that_is_none_is_passed_on() {
 
 /// The kernel makes packets of more than 64 KiB whose length field is 0 (BIG TCP).
 #[test]
-fn a_total_length_of_zero_means_the_whole_frame() {
-    for (net, length_at) in [(V4, 16), (V6, 18)] {
-        let tables = tables(&[net.external], &[net.pod]);
-        let mut packet = plain(net.client, net.external, TCP, (40_000, 443));
-        packet.bytes[length_at..length_at + 2].fill(0);
-        assert_eq!(request(&mut packet, &tables), Verdict::Rewritten);
+fn a_length_of_zero_in_a_packet_of_more_than_64_kib_means_the_whole_frame() {
+    for (net, length_at, headers) in [(V4, 16, 14), (V6, 18, 14 + 40)] {
+        for (size, expected) in
+            [(headers + 0x10000, Verdict::Rewritten), (headers + 0xffff, Verdict::Drop(DropReason::Malformed))]
+        {
+            let tables = tables(&[net.external], &[net.pod]);
+            let mut packet = plain(net.client, net.external, TCP, (40_000, 443));
+            packet.bytes[length_at..length_at + 2].fill(0);
+            packet.bytes.resize(size, 0);
+            assert_eq!(request(&mut packet, &tables), expected, "{size} bytes, {net:?}");
+        }
     }
+}
+
+/// What is behind the IP packet is padding, and must not be taken for a header.
+#[test]
+fn a_packet_whose_length_is_zero_has_no_transport_header() {
+    for (net, length_at) in [(V4, 16), (V6, 18)] {
+        for protocol in [TCP, UDP, SCTP] {
+            let tables = tables(&[net.external], &[net.pod]);
+            let mut packet = plain(net.client, net.external, protocol, (40_000, 443));
+            packet.bytes[length_at..length_at + 2].fill(0);
+            assert_eq!(request(&mut packet, &tables), Verdict::Drop(DropReason::Malformed), "{protocol}");
+            assert!(tables.flows.borrow().is_empty());
+        }
+    }
+}
+
+#[test]
+fn an_ipv6_packet_without_payload_reaches_the_pod() {
+    let tables = tables(&[V6.external], &[V6.pod]);
+    // No next header (RFC 8200, section 4.7), and padding of the link.
+    let network = Network { padding: 6, ..Network::default() };
+    let mut packet = frame(&network, V6.client, V6.external, 59, &[]);
+    assert_eq!(request(&mut packet, &tables), Verdict::Rewritten);
+    assert_eq!(seen(&packet).destination, V6.pod);
 }
 
 #[test]
