@@ -204,14 +204,19 @@ pub struct Table {
 }
 
 impl Table {
-    /// Enters what came of a cell.
+    /// Enters what came of a cell. One that was tried before has passed only if it has each time.
     pub fn enter(&mut self, cell: Cell, outcome: Outcome) {
-        self.cells.insert(cell, outcome);
+        let known = self.cells.entry(cell).or_insert_with(|| outcome.clone());
+        if *known == Outcome::Passed {
+            *known = outcome;
+        }
     }
 
-    /// Takes over what another table knows.
+    /// Enters all that another table knows.
     pub fn extend(&mut self, other: Self) {
-        self.cells.extend(other.cells);
+        for (cell, outcome) in other.cells {
+            self.enter(cell, outcome);
+        }
     }
 
     /// How many cells it has.
@@ -291,6 +296,21 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cell_passes_only_if_it_does_each_time() {
+        let failed = Outcome::Failed("no answer".to_owned());
+        for outcomes in [[Outcome::Passed, failed.clone()], [failed, Outcome::Passed]] {
+            let cell = Cell::all(PodNetwork::Bridge).next().unwrap();
+            let mut table = Table::default();
+            for outcome in outcomes {
+                let mut other = Table::default();
+                other.enter(cell, outcome);
+                table.extend(other);
+            }
+            assert_eq!(table.failures().len(), 1);
+        }
+    }
 
     #[test]
     fn the_table_has_a_mark_for_every_cell() {

@@ -1,4 +1,4 @@
-//! The matrix of clients, protocols, families, Services and pod networks: every cell.
+//! The matrix of clients, protocols, families, Services and pod networks: every cell, with offloads and without.
 
 #![allow(
     clippy::unwrap_used,
@@ -14,10 +14,14 @@ use proxier_tests::{
 #[test]
 fn every_cell_of_the_matrix_passes() {
     skip_unless_root!();
-    let networks = [PodNetwork::PointToPoint, PodNetwork::Bridge];
+    let labs = [PodNetwork::PointToPoint, PodNetwork::Bridge]
+        .into_iter()
+        .flat_map(|network| [true, false].map(|offloads| (network, offloads)));
     let mut table = Table::default();
     std::thread::scope(|scope| {
-        let tried = networks.map(|network| scope.spawn(move || Ground::new(network).try_all().unwrap()));
+        let tried: Vec<_> = labs
+            .map(|(network, offloads)| scope.spawn(move || Ground::new(network, offloads).try_all().unwrap()))
+            .collect();
         for tried in tried {
             table.extend(tried.join().unwrap());
         }
