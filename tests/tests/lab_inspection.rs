@@ -7,6 +7,7 @@
 
 use std::collections::BTreeSet;
 
+use proxier_common::SCHEMA;
 use proxier_tests::{
     exchange::Protocol,
     manifests,
@@ -133,7 +134,7 @@ fn bpftool_prints_the_tables_with_named_fields() {
     for external in externals() {
         let _ = scenario.ask(&scenario.question(Protocol::Udp, 42000, external, 5060));
     }
-    let tables: [(&str, &[&str]); 5] = [
+    let tables: [(&str, &[&str]); 6] = [
         ("services", &["external", "service_id", "generation", "backend_count", "affinity_timeout", "flags"]),
         ("backends", &["service_id", "generation", "slot", "pod"]),
         (
@@ -142,9 +143,10 @@ fn bpftool_prints_the_tables_with_named_fields() {
         ),
         ("sessions", &["external", "peer", "pod", "last_seen", "service_id"]),
         ("names", &["service_id", "namespace", "name", "family"]),
+        ("pods", &["pod", "external", "flags"]),
     ];
     for (table, fields) in tables {
-        let path = scenario.lab.pin_path().join("v1").join(table);
+        let path = scenario.lab.pin_path().join(format!("v{SCHEMA}")).join(table);
         let dump = scenario.on_node("bpftool", &["map", "dump", "pinned", &path.display().to_string()]);
         for field in fields {
             assert!(dump.contains(&format!("\"{field}\":")), "no field {field} in {table}:\n{dump}");

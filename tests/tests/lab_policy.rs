@@ -16,6 +16,7 @@ use std::{
 use etherparse::{
     Icmpv4Header, Icmpv4Type, Icmpv6Header, Icmpv6Type, icmpv4, icmpv6::DestUnreachableCode as V6Unreachable,
 };
+use proxier_common::SCHEMA;
 use proxier_tests::{
     capture::Direction,
     connection::Connection,
@@ -165,7 +166,7 @@ fn source_ranges_stay_in_force_without_the_agent_and_the_next_one_leaves_them_as
     scenario.write("service.yaml", &only_from(&FIRST_TWO));
     scenario.start_agent();
     let entries = |scenario: &Scenario| {
-        let pin = scenario.lab.pin_path().join("v2/sources").display().to_string();
+        let pin = scenario.lab.pin_path().join(format!("v{SCHEMA}/sources")).display().to_string();
         scenario.on_node("bpftool", &["map", "dump", "pinned", &pin])
     };
     let before = entries(&scenario);

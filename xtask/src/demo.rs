@@ -345,9 +345,9 @@ impl Demo {
   {client} tcpdump -ni eth0            what the client sees
   {pod} tcpdump -ni eth0             what the pod sees
 
-  bpftool map dump pinned {pins}/v1/services
-  bpftool map dump pinned {pins}/v1/backends
-  bpftool map dump pinned {pins}/v1/flows
+  bpftool map dump pinned {pins}/v2/services
+  bpftool map dump pinned {pins}/v2/backends
+  bpftool map dump pinned {pins}/v2/flows
   {proxier} get services --pin-path {pins}
   {proxier} get flows --pin-path {pins}
 
