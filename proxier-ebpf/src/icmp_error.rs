@@ -115,6 +115,10 @@ pub(crate) fn to_client<F: Family, P: Packet, T: Tables>(
         return Verdict::Next;
     }
     let (pod, peer) = (quote.destination, quote.source);
+    // An error goes to whoever sent the packet: anything else is made up.
+    if peer != outer.destination {
+        return Verdict::Next;
+    }
     let key = quote.transport.flow_of_request(pod, peer);
     let Some(external) = flow_external(tables, &key, delivery) else {
         return Verdict::Next;

@@ -108,6 +108,12 @@ fn an_error_about_a_conversation_that_is_not_ours_is_dropped_at_the_external_add
             assert_eq!(reply(&mut packet, &tables), Verdict::Next);
             assert_eq!(packet, original);
         }
+        // About a packet of ours, but sent to somebody who did not send that packet.
+        let about = plain(net.client, net.pod, UDP, talk.there);
+        let original = error(&net, net.pod, router(&net), kind, &about, usize::MAX);
+        let mut packet = original.clone();
+        assert_eq!(reply(&mut packet, &tables), Verdict::Next);
+        assert_eq!(packet, original);
     }
 }
 

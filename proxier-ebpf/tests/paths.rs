@@ -317,9 +317,10 @@ fn a_header_that_is_none_is_passed_on() {
 #[test]
 fn a_length_of_zero_in_a_packet_of_more_than_64_kib_means_the_whole_frame() {
     for (net, length_at, headers) in [(V4, 16, 14), (V6, 18, 14 + 40)] {
-        for (size, expected) in
-            [(headers + 0x10000, Verdict::Rewritten), (headers + 0xffff, Verdict::Drop(DropReason::Malformed))]
-        {
+        for (size, expected) in [
+            (headers + 0x10000, Verdict::Rewritten),
+            (headers + 0xffff, Verdict::Drop(DropReason::Malformed)),
+        ] {
             let tables = tables(&[net.external], &[net.pod]);
             let mut packet = plain(net.client, net.external, TCP, (40_000, 443));
             packet.bytes[length_at..length_at + 2].fill(0);
