@@ -6,7 +6,7 @@
 pub enum Statistic {
     /// Flows that a packet made.
     FlowInserted = 0,
-    /// Flows that a packet ended, or another conversation of the same ports replaced.
+    /// Flows that a packet ended: one straight to the pod, between the same ports.
     FlowForgotten = 1,
     /// Flows that had been evicted from the full table while the conversation went on, and that a reply made again.
     FlowRebuilt = 2,

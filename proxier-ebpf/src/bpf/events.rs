@@ -21,14 +21,13 @@ pub(super) fn dropped<const LINK_HEADER: u32>(context: &TcContext, reason: DropR
     let counter = hook.counter_at(reason);
     maps::count_drop(counter);
     let now = KernelTables.now();
-    if let Some(unreported) = maps::take_event_budget(counter, now) {
+    if maps::take_event_budget(counter, now) {
         let mut event = DropEvent {
             time: now,
             source: Address::UNSPECIFIED,
             destination: Address::UNSPECIFIED,
             service_id: 0,
             length: 0,
-            unreported,
             interface: 0,
             source_port: 0,
             destination_port: 0,
@@ -36,7 +35,7 @@ pub(super) fn dropped<const LINK_HEADER: u32>(context: &TcContext, reason: DropR
             // Numbers below 64 and 8 (`DROP_COUNTERS`).
             reason: reason as u8,
             hook: hook as u8,
-            padding: 0,
+            padding: [0; 5],
         };
         describe(&Skb::<LINK_HEADER>::new(context), &mut event);
         maps::report(&event);

@@ -64,12 +64,14 @@ static EVENTS: RingBuf<DropEvent, { EVENT_BYTES as usize }> = RingBuf::new();
 #[btf_map(name = "event_budgets")]
 static EVENT_BUDGETS: PerCpuArray<EventBudget, { DROP_COUNTERS as usize }> = PerCpuArray::new();
 
-/// Whether a packet that `counter` has counted may be reported; if so, how many have not been since the last one.
+/// Whether a packet that `counter` has counted may be reported.
 #[inline(always)]
-pub(super) fn take_event_budget(counter: u32, now: u64) -> Option<u32> {
-    let budget = EVENT_BUDGETS.get_ptr_mut(counter)?;
-    // SAFETY: as in `count_drop`.
-    unsafe { (*budget).take(now) }
+pub(super) fn take_event_budget(counter: u32, now: u64) -> bool {
+    match EVENT_BUDGETS.get_ptr_mut(counter) {
+        // SAFETY: as in `count_drop`.
+        Some(budget) => unsafe { (*budget).take(now) },
+        None => false,
+    }
 }
 
 /// Reports a packet dropped. If nobody reads, or not fast enough, the buffer is full and this one is not reported.

@@ -82,7 +82,7 @@ fn from_outside<const LINK_HEADER: u32>(context: &TcContext) -> i32 {
 fn to_outside<const LINK_HEADER: u32>(context: &TcContext) -> i32 {
     const HOOK: Hook = Hook::UplinkEgress;
     let mut packet = Skb::<LINK_HEADER>::new(context);
-    if packet.is_made_here() {
+    if node_clients() && packet.is_made_here() {
         let verdict = proxier_ebpf::request(&mut packet, &KernelTables, Origin::Node);
         if verdict != Verdict::Next {
             return action::<LINK_HEADER>(context, verdict, HOOK, to_pod_or_back::<LINK_HEADER>);
@@ -106,6 +106,18 @@ fn to_pod_or_back<const LINK_HEADER: u32>(context: &TcContext) -> Result<i32, Dr
         return redirect::back::<LINK_HEADER>(context, Side::In);
     }
     result
+}
+
+/// Whether processes of the node are clients. The agent writes it before the kernel reads the program, which then leaves out
+/// what cannot be reached.
+#[unsafe(no_mangle)]
+static NODE_CLIENTS: u8 = 1;
+
+#[inline(always)]
+fn node_clients() -> bool {
+    // Volatile: to the compiler it would be the constant that it is here.
+    // SAFETY: a static, which nobody writes to.
+    unsafe { core::ptr::read_volatile(&raw const NODE_CLIENTS) != 0 }
 }
 
 /// Where a packet goes that has been rewritten and takes its usual way.

@@ -238,14 +238,13 @@ mod tests {
             destination: address("10.0.0.55"),
             service_id: 7,
             length: 60,
-            unreported: 0,
             interface: 2,
             source_port: 40_000_u16.to_be(),
             destination_port: 5060_u16.to_be(),
             protocol: protocol::UDP,
             reason: DropReason::SourceNotAllowed as u8,
             hook: Hook::PodIngress as u8,
-            padding: 0,
+            padding: [0; 5],
         }
     }
 

@@ -116,7 +116,7 @@ impl BpfSink {
         fs::create_dir_all(&links).with_context(|| format!("{} cannot be made", links.display()))?;
         let lock = lock(&pin_path)?;
         tables::check_pinned(&pin_path)?;
-        let ebpf = load(&pin_path)?;
+        let ebpf = load(&pin_path, local_clients)?;
         let mut tables = Tables::open(&pin_path)?;
         let actual = tables.read()?;
         // A former agent may have been killed between a change and the sweep that belongs to it.
@@ -367,10 +367,13 @@ fn lock(pin_path: &Path) -> anyhow::Result<File> {
     }
 }
 
-fn load(pin_path: &Path) -> anyhow::Result<Ebpf> {
+fn load(pin_path: &Path, local_clients: bool) -> anyhow::Result<Ebpf> {
     let pins: Vec<_> = tables::pins(pin_path).collect();
+    let node_clients = u8::from(local_clients);
     let mut loader = EbpfLoader::new();
     loader.verifier_log_level(VerifierLogLevel::STATS);
+    // Else they would speak to the pod, and be answered by an address that they do not know.
+    loader.override_global("NODE_CLIENTS", &node_clients, true);
     for (map, path) in &pins {
         loader.map_pin_path(map, path.as_path());
     }
