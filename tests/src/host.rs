@@ -121,25 +121,24 @@ impl Host {
     ///
     /// The interface is down, or there is no route.
     pub fn send(&self, packets: &[Packet]) -> anyhow::Result<()> {
-        let send = |packet: &Packet| match self.output {
+        let context = |packet: &Packet| format!("{} cannot send {packet}", self.name);
+        self.namespace.enter(|| match self.output {
             Output::Link { mac, gateway_mac } => {
+                // One for all: closing such a socket takes the kernel a grace period of RCU.
                 let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
                 let index = nix::net::if_::if_nametoindex(self.interface.as_str())?;
                 socket.bind(&link_address(index, 0)?)?;
-                socket.send(&packet.frame(mac, gateway_mac)).map_err(anyhow::Error::from)
+                packets.iter().try_for_each(|packet| {
+                    socket.send(&packet.frame(mac, gateway_mac)).map(drop).with_context(|| context(packet))
+                })
             }
-            Output::Stack => {
+            Output::Stack => packets.iter().try_for_each(|packet| {
                 let to = SocketAddr::new(packet.destination, 0);
                 // Sockets of this protocol number expect the IP header to be there, in both families.
                 let protocol = Protocol::from(libc::IPPROTO_RAW);
                 let socket = Socket::new(Domain::for_address(to), Type::RAW, Some(protocol))?;
-                socket.send_to(&packet.encode(), &to.into()).map_err(anyhow::Error::from)
-            }
-        };
-        self.namespace.enter(|| {
-            packets.iter().try_for_each(|packet| {
-                send(packet).map(drop).with_context(|| format!("{} cannot send {packet}", self.name))
-            })
+                socket.send_to(&packet.encode(), &to.into()).map(drop).with_context(|| context(packet))
+            }),
         })
     }
 

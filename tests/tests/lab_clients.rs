@@ -84,16 +84,23 @@ fn a_pod_reaches_itself_through_its_external_address() {
 }
 
 #[test]
-fn pods_are_left_alone_if_told_so() {
+fn clients_on_the_node_are_left_alone_if_told_so() {
     skip_unless_root!();
     let scenario = Scenario::start(&LabSpec::unique(), &["--no-local-clients"]);
-    let [server, client] = [&scenario.lab.pods[0].host, &scenario.lab.pods[1].host];
-    let [v4, _] = externals();
+    let server = &scenario.lab.pods[0].host;
     scenario.write_pods(&server.addresses);
-    scenario.wait_for_pod(scenario.lab.client.address(v4), v4, &server.name);
-    let question = Question::new(&scenario.lab, Protocol::Udp, 42000, SocketAddr::new(v4, 5060));
-    let question = question.from(client.address(v4)).expecting_silence();
-    assert!(question.ask_who(client).unwrap().is_err());
+    for external in externals() {
+        scenario.wait_for_pod(scenario.lab.client.address(external), external, &server.name);
+        let capture = server.capture().unwrap();
+        for client in [&scenario.lab.pods[1].host, &scenario.lab.node] {
+            let question = scenario.question(Protocol::Udp, 42000, external, 5060);
+            let question = question.from(client.address(external)).expecting_silence();
+            assert!(question.ask_who(client).unwrap().is_err(), "{}", client.name);
+        }
+        let arrived: Vec<_> =
+            capture.packets(Direction::In).into_iter().filter(|packet| packet.protocol == 17).collect();
+        assert!(arrived.is_empty(), "{arrived:?}");
+    }
 }
 
 /// The node says "packet too big" to the client about a packet on its way to the pod. Only if that names the external
