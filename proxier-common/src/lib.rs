@@ -312,10 +312,11 @@ pub const TCP_RESET: u8 = 1 << 4;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FragmentKey {
-    /// Source address, as on the wire before rewriting.
-    pub source: Address,
-    /// Destination address, as on the wire before rewriting.
-    pub destination: Address,
+    /// The address that is replaced, as on the wire before: a request's destination, a reply's source. A pod's own packet
+    /// to an external address is thereby not taken for a reply to it.
+    pub local: Address,
+    /// The client's address.
+    pub peer: Address,
     /// The packet's identification as loaded from it, IPv4's 16 bits widened to 32.
     pub identification: u32,
     /// IP protocol number for IPv4; 0 for IPv6, where the identification alone tells packets apart.

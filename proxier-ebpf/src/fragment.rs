@@ -10,12 +10,12 @@ use crate::{
 /// How long the rest of a fragmented packet may take: a receiver gives up after 60 s (RFC 8200, section 4.5).
 const TIMEOUT: u64 = 60 * SECOND;
 
-/// Which packet a fragment from `source` to `destination` is of. Both as they came.
+/// Which packet a fragment is of, whose address `local` is to be replaced. Both addresses as they came.
 #[inline(always)]
-pub(crate) fn key<F: Family>(source: Address, destination: Address, payload: &Payload) -> FragmentKey {
+pub(crate) fn key<F: Family>(local: Address, peer: Address, payload: &Payload) -> FragmentKey {
     FragmentKey {
-        source,
-        destination,
+        local,
+        peer,
         identification: payload.identification,
         protocol: F::fragment_protocol(payload),
         padding: [0; 3],

@@ -300,14 +300,14 @@ fn is_permitted<T: Tables>(tables: &T, request: &Request) -> bool {
 /// Places a later fragment where the first one went. `false` if that has not come by.
 #[inline(never)]
 fn follow_first<F: Family, T: Tables>(tables: &T, request: &Request, placement: &mut Placement) -> bool {
-    let key = fragment::key::<F>(request.peer, request.destination.external, &request.payload);
+    let key = fragment::key::<F>(request.destination.external, request.peer, &request.payload);
     fragment::find(tables, &key, &mut placement.pod)
 }
 
 /// Lets the rest of a fragmented packet follow to `pod`.
 #[inline(never)]
 fn lead_rest<F: Family, T: Tables>(tables: &T, request: &Request, pod: Address) {
-    let key = fragment::key::<F>(request.peer, request.destination.external, &request.payload);
+    let key = fragment::key::<F>(request.destination.external, request.peer, &request.payload);
     fragment::remember(tables, &key, pod);
 }
 
