@@ -69,8 +69,7 @@ impl Packet for HostPacket {
     }
 
     fn load<T: Plain>(&self, offset: u32) -> Option<T> {
-        let offset = offset as usize;
-        let bytes = self.bytes.get(offset..offset.checked_add(size_of::<T>())?)?;
+        let bytes = self.bytes.get(offset as usize..)?.get(..size_of::<T>())?;
         // SAFETY: `bytes` has the size of `T`, and `Plain` says that any bytes make a `T`.
         Some(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
     }
