@@ -1,13 +1,17 @@
 //! What a developer runs: one file per command. `cargo xtask help` lists them.
 
 mod build_ebpf;
+mod cargo_tool;
+mod coverage;
 mod demo;
 mod environment;
+mod fuzz;
 mod kernels;
 mod lint;
 mod process;
 mod test;
 mod toolchain;
+mod unstable;
 mod verify;
 
 use std::process::ExitCode;
@@ -29,6 +33,10 @@ enum Command {
     Test(test::TestOptions),
     /// Boot older kernels in virtual machines and check the agent in each (minutes, 60 MB of downloads)
     Kernels(kernels::KernelsOptions),
+    /// Fuzz the packet core on the host, from the committed corpus
+    Fuzz(fuzz::FuzzOptions),
+    /// Show what of the packet core its tests on the host reach, and what not
+    Coverage(coverage::CoverageOptions),
     /// Run clippy on everything, the kernel programs included, with warnings denied
     Lint(lint::LintOptions),
 }
@@ -49,6 +57,8 @@ fn main() -> ExitCode {
         Command::Demo(command) => show(&command),
         Command::Test(options) => test::run_command(&options),
         Command::Kernels(options) => kernels::run_command(&options),
+        Command::Fuzz(options) => fuzz::run_command(&options),
+        Command::Coverage(options) => coverage::run_command(&options),
         Command::Lint(options) => lint::run_command(&options),
     };
     match outcome {

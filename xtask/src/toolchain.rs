@@ -26,16 +26,16 @@ const LINKER_VERSION: &str = "0.13.0";
 /// The LLVM versions that bpf-linker 0.13 can be built against.
 const LINKER_LLVM: std::ops::RangeInclusive<u32> = 21..=23;
 /// `rust-version` of the workspace.
-const OLDEST_COMPILER: Version = Version(1, 95);
+pub(crate) const OLDEST_COMPILER: Version = Version(1, 95);
 const DEBIAN_PACKAGES: [&str; 2] = ["rustc-web", "libstd-rust-web-dev-bpf"];
 
 /// Major and minor number of a Rust release.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Version(u32, u32);
+pub(crate) struct Version(u32, u32);
 
 impl Version {
     /// Reads `1.96.0`, `1.97.0-nightly`, or Debian's `1.96.0+dfsg1-1~deb12u2`.
-    fn parse(text: &str) -> Option<Self> {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
         let mut numbers = text.split(|c: char| !c.is_ascii_digit()).map(str::parse);
         Some(Self(numbers.next()?.ok()?, numbers.next()?.ok()?))
     }
