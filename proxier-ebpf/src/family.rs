@@ -258,7 +258,8 @@ impl V6Header {
 // SAFETY: byte arrays, without holes: 8 bytes, then two addresses aligned to 8.
 unsafe impl Plain for V6Header {}
 
-const V6_HEADER_LENGTH: u32 = 40;
+/// Length of the IPv6 header, in bytes.
+pub const V6_HEADER_LENGTH: u32 = 40;
 const V6_MORE_FRAGMENTS: u16 = 0x0001;
 const V6_FRAGMENT_OFFSET: u16 = 0xfff8;
 const V6_FRAGMENT_HEADER_LENGTH: u32 = 8;

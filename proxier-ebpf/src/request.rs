@@ -133,6 +133,12 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
     if peer == external {
         return Some(Verdict::Drop(DropReason::SpoofedSource));
     }
+    // From an address that no uplink leads to, such as a link-local one, the answer would not find back.
+    if let Origin::Node = origin
+        && !is_node(tables, &request.peer)
+    {
+        return Some(Verdict::Next);
+    }
     if request.service.source_generation != 0 && !is_permitted(tables, &request) {
         return Some(Verdict::Drop(DropReason::SourceNotAllowed));
     }
@@ -531,7 +537,7 @@ fn continue_flow<T: Tables>(
         return Noted::Collision;
     }
     // The node's own packets do not come in from outside, nor from a pod.
-    if flow.delivery != fresh.delivery && fresh.delivery == DELIVERY_STACK && is_node(tables, key.peer) {
+    if flow.delivery != fresh.delivery && fresh.delivery == DELIVERY_STACK && is_node(tables, &key.peer) {
         return Noted::Spoofed;
     }
     if over || flow.service_id != fresh.service_id || flow.delivery != fresh.delivery {
@@ -546,9 +552,9 @@ fn continue_flow<T: Tables>(
     Noted::Yes
 }
 
-#[inline(always)]
-fn is_node<T: Tables>(tables: &T, address: Address) -> bool {
-    let service = tables.service(&ExternalKey { external: address });
+#[inline(never)]
+fn is_node<T: Tables>(tables: &T, address: &Address) -> bool {
+    let service = tables.service(&ExternalKey { external: *address });
     service.is_some_and(|service| service.flags & SERVICE_IS_NODE != 0)
 }
 

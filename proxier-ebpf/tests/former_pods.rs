@@ -105,6 +105,7 @@ fn a_conversation_of_what_has_become_the_nodes_own_address_goes_on_from_there() 
     for net in BOTH {
         let tables = tables(&[net.external], &[net.pod]);
         request(&mut plain(net.client, net.external, UDP, (1, 2)), &tables);
+        know_node(&tables, net.client, 0);
         let mut packet = plain(net.client, net.external, UDP, (1, 2));
         assert_eq!(request_of_node(&mut packet, &tables), Verdict::Rewritten);
         assert_eq!(only_flow(&tables).1.0.get().delivery, DELIVERY_NODE);

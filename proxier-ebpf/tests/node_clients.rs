@@ -4,22 +4,12 @@
 mod common;
 
 use common::*;
-use proxier_common::{DELIVERY_NODE, DropReason, ExternalKey, SERVICE_IS_NODE, SERVICE_IS_POD, ServiceValue};
+use proxier_common::{DELIVERY_NODE, DropReason, ExternalKey, SERVICE_IS_POD};
 use proxier_ebpf::{
     Verdict,
     host::{HostPacket, HostTables},
     straight_to_pod,
 };
-
-/// As the agent: the node's own address is in `services`, flagged.
-fn know_node(tables: &HostTables, node: std::net::IpAddr, flags: u32) {
-    let mut services = tables.services.borrow_mut();
-    let value = *services.values().next().expect("a Service");
-    services.insert(
-        ExternalKey { external: node.into() },
-        ServiceValue { flags: SERVICE_IS_NODE | flags, service_id: 0, ..value },
-    );
-}
 
 /// What comes in from a pod, on its way to the node.
 fn reply_to_node(packet: &mut HostPacket, tables: &HostTables) -> Verdict {
@@ -144,5 +134,18 @@ fn errors_about_conversations_of_the_node_name_what_each_side_knows() {
             let mut packet = error(&net, router(&net), net.external, what, &seen_by_node, 64);
             assert_eq!(request(&mut packet, &tables), Verdict::Drop(DropReason::UnrelatedError));
         }
+    }
+}
+
+/// A link-local address, or one that has just gone: the reply would not be known for one.
+#[test]
+fn what_comes_from_no_address_of_the_node_is_left_alone() {
+    for net in BOTH {
+        let tables = tables(&[net.external], &[net.pod]);
+        let original = plain(net.client, net.external, UDP, (40_000, 53));
+        let mut packet = original.clone();
+        assert_eq!(request_of_node(&mut packet, &tables), Verdict::Next);
+        assert_eq!(packet, original);
+        assert!(tables.flows.borrow().is_empty() && tables.sessions.borrow().is_empty());
     }
 }

@@ -25,6 +25,7 @@ fn only_permitted_clients_reach_the_pod() {
         let tables = tables(&[net.external], &[net.pod]);
         permit(&tables, &net, 3);
         enforce(&tables, 3);
+        know_node(&tables, net.other_external, 0);
         for protocol in ALL_PROTOCOLS {
             let mut packet = plain(client(&net, 9), net.external, protocol, (1, 2));
             assert_eq!(request(&mut packet, &tables), Verdict::Rewritten);

@@ -126,6 +126,7 @@ fn a_quote_of_a_packet_of_more_than_64_kib_is_translated() {
 fn an_error_made_here_is_translated_and_anything_else_left_alone() {
     for net in BOTH {
         let tables = tables(&[net.external], &[net.pod]);
+        know_node(&tables, net.client, 0);
         let sent = plain(net.client, net.external, UDP, (40_000, 443));
         let mut passed_on = sent.clone();
         assert_eq!(request_of_node(&mut passed_on, &tables), Verdict::Rewritten);

@@ -1,10 +1,10 @@
 //! Telling of packets dropped: exactly by counters, and by samples on the ring buffer.
 
 use aya_ebpf::programs::TcContext;
-use proxier_common::{Address, DropEvent, DropReason, ExternalKey, Hook, protocol};
+use proxier_common::{Address, DropEvent, DropReason, ExternalKey, Hook, PodKey, protocol};
 use proxier_ebpf::{
     Family, NetworkHeader, Packet, Tables, V4, V6,
-    family::{Fragment, Payload},
+    family::{Fragment, Payload, V6_HEADER_LENGTH},
     verifier,
 };
 
@@ -33,7 +33,7 @@ pub(super) fn dropped<const LINK_HEADER: u32>(context: &TcContext, reason: DropR
             destination_port: 0,
             protocol: DropEvent::UNKNOWN_PROTOCOL,
             // Numbers below 64 and 8 (`DROP_COUNTERS`).
-            reason: reason as u8,
+            reason: (reason & 0xff) as u8,
             hook: hook as u8,
             padding: [0; 5],
         };
@@ -53,8 +53,12 @@ fn describe<const LINK_HEADER: u32>(packet: &Skb<'_, LINK_HEADER>, event: &mut D
         Some(NetworkHeader::V6(offset)) => describe_v6(packet, offset, event),
         None => return,
     };
-    if let Some(service) = KernelTables.service(&ExternalKey { external: event.destination }) {
-        event.service_id = service.service_id;
+    event.service_id = service_of(event.destination);
+    if event.service_id == 0
+        && let Some(pod) = KernelTables.pod(&PodKey { pod: event.destination })
+    {
+        // Rewritten already: a request of the node itself that found no way to the pod.
+        event.service_id = service_of(pod.external);
     }
     if let Some(offset) = transport
         && let protocol::TCP | protocol::UDP | protocol::UDPLITE | protocol::SCTP | protocol::DCCP =
@@ -64,6 +68,12 @@ fn describe<const LINK_HEADER: u32>(packet: &Skb<'_, LINK_HEADER>, event: &mut D
         event.source_port = source_port;
         event.destination_port = destination_port;
     }
+}
+
+/// The Service that an external address belongs to; 0 if none.
+#[inline(always)]
+fn service_of(external: Address) -> u32 {
+    KernelTables.service(&ExternalKey { external }).map_or(0, |service| service.service_id)
 }
 
 /// Where the transport header is, unless this is a later fragment, which has none.
@@ -87,5 +97,5 @@ fn describe_v6<P: Packet>(packet: &P, offset: u32, event: &mut DropEvent) -> Opt
     event.source = V6::source(&header);
     event.destination = V6::destination(&header);
     event.protocol = header.next_header();
-    Some(offset + size_of_val(&header) as u32)
+    Some(offset + V6_HEADER_LENGTH)
 }

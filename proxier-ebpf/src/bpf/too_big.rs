@@ -2,6 +2,8 @@
 //! the node's stack has chosen and knows the MTU of. Without it, path-MTU discovery (RFC 1191, RFC 8201) would see a
 //! packet vanish.
 
+#![expect(clippy::cast_possible_truncation, reason = "lengths of headers, some dozen bytes")]
+
 use aya_ebpf::{
     bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
     helpers::{bpf_csum_diff, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_load_bytes},
@@ -141,7 +143,7 @@ fn fill<const LENGTH: usize>(context: &TcContext, offset: u32, quote: &mut [u8; 
 /// The one's complement sum of a header's words.
 #[inline(always)]
 fn sum<T: Copy>(header: &T) -> Option<u64> {
-    const { assert!(size_of::<T>() % 4 == 0) };
+    const { assert!(size_of::<T>().is_multiple_of(4)) };
     let from = core::ptr::from_ref(header).cast_mut().cast();
     // SAFETY: the helper reads as many bytes as the header has, and none of what it would be compared with.
     let sum = unsafe { bpf_csum_diff(core::ptr::null_mut(), 0, from, size_of::<T>() as u32, 0) };

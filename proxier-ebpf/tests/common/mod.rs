@@ -20,7 +20,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use internet_checksum::Checksum;
 use proxier_common::{
     Address, BackendKey, BackendValue, DELIVERY_STACK, ExternalKey, FlowKey, MEMBER_DRAINING, MemberKey,
-    MemberValue, PodKey, PodValue, SERVICE_IS_POD, ServiceValue, SessionKey, timeout::SECOND,
+    MemberValue, PodKey, PodValue, SERVICE_IS_NODE, SERVICE_IS_POD, ServiceValue, SessionKey,
+    timeout::SECOND,
 };
 use proxier_ebpf::{
     Origin, Tables, Verdict,
@@ -466,6 +467,16 @@ pub fn know_pod(tables: &HostTables, pod: IpAddr) {
     services.insert(
         ExternalKey { external: pod.into() },
         ServiceValue { flags: SERVICE_IS_POD, service_id: 0, ..value },
+    );
+}
+
+/// As the agent: the node's own address is in `services`, flagged.
+pub fn know_node(tables: &HostTables, node: IpAddr, flags: u32) {
+    let mut services = tables.services.borrow_mut();
+    let value = *services.values().next().expect("a Service");
+    services.insert(
+        ExternalKey { external: node.into() },
+        ServiceValue { flags: SERVICE_IS_NODE | flags, service_id: 0, ..value },
     );
 }
 
