@@ -210,7 +210,11 @@ fn receive(socket: &Socket, buffer: &mut [u8]) -> anyhow::Result<Option<Frame>> 
     Ok(Some(Frame { time, direction, bytes, checksum_is_complete, packet }))
 }
 
-fn set_packet_option(socket: &Socket, option: libc::c_int, value: libc::c_int) -> Result<(), Errno> {
+pub(crate) fn set_packet_option(
+    socket: &Socket,
+    option: libc::c_int,
+    value: libc::c_int,
+) -> Result<(), Errno> {
     // SAFETY: the option's value is an int, and its size is given as such.
     let result = unsafe {
         libc::setsockopt(
@@ -225,7 +229,7 @@ fn set_packet_option(socket: &Socket, option: libc::c_int, value: libc::c_int) -
 }
 
 /// Frames lost since the last time this was asked.
-fn lost_frames(socket: &Socket) -> Result<u32, Errno> {
+pub(crate) fn lost_frames(socket: &Socket) -> Result<u32, Errno> {
     let mut statistics = libc::tpacket_stats { tp_packets: 0, tp_drops: 0 };
     let mut length = length_of::<libc::tpacket_stats>();
     // SAFETY: the kernel writes at most `length` bytes, which is the size of what it is given.

@@ -18,6 +18,7 @@ pub mod program;
 pub mod report;
 pub mod responder;
 pub mod scenario;
+pub mod tap;
 pub mod topology;
 pub mod wait;
 
