@@ -90,7 +90,6 @@ impl Wrapping<'_> {
             [!a, !b]
         };
         match self.offload {
-            Offloaded::Nothing => None,
             Offloaded::Checksum | Offloaded::Segments(_) => {
                 let sum = partial(way.source, way.destination, segment.len());
                 segment[at..at + 2].copy_from_slice(&sum);
@@ -120,7 +119,7 @@ impl Wrapping<'_> {
                 segment[14..16].copy_from_slice(&partial(source, destination, length));
                 Some((8, offload(8, 6)))
             }
-            Offloaded::InnerChecksum => None,
+            Offloaded::Nothing | Offloaded::InnerChecksum => None,
         }
     }
 

@@ -203,8 +203,7 @@ fn segments(talk: Talk) -> BoxedStrategy<Segment> {
             1 => any::<u8>().prop_map(Some),
         ]
         .boxed(),
-        Talk::Sctp => prop_oneof![8 => Just(None), 1 => (0..16_u8).prop_map(Some)].boxed(),
-        Talk::Dccp => prop_oneof![8 => Just(None), 1 => (0..16_u8).prop_map(Some)].boxed(),
+        Talk::Sctp | Talk::Dccp => prop_oneof![8 => Just(None), 1 => (0..16_u8).prop_map(Some)].boxed(),
         _ => Just(None).boxed(),
     };
     let options = prop_oneof![

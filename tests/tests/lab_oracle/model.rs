@@ -210,11 +210,11 @@ pub(crate) fn conversation(ip: &[u8], from: Side) -> Option<Conversation> {
     let (query, pod_port, client_port) = match number {
         protocol::ICMP | protocol::ICMPV6 => {
             let query = match (number, from, *header.first()?) {
-                (protocol::ICMP, Side::Client, kind @ (8 | 13 | 15 | 17)) => kind,
+                (protocol::ICMP, Side::Client, kind @ (8 | 13 | 15 | 17))
+                | (protocol::ICMPV6, Side::Client, kind @ (128 | 139)) => kind,
                 (protocol::ICMP, Side::Pod, 0) => 8,
-                (protocol::ICMP, Side::Pod, kind @ (14 | 16 | 18)) => kind - 1,
-                (protocol::ICMPV6, Side::Client, kind @ (128 | 139)) => kind,
-                (protocol::ICMPV6, Side::Pod, kind @ (129 | 140)) => kind - 1,
+                (protocol::ICMP, Side::Pod, kind @ (14 | 16 | 18))
+                | (protocol::ICMPV6, Side::Pod, kind @ (129 | 140)) => kind - 1,
                 _ => return None,
             };
             (query, word(header, 4)?, 0)

@@ -362,7 +362,6 @@ fn distort(distortion: Distortion, cast: &Cast, quote: &mut [u8]) {
     let length = if located.v6 { 16 } else { 4 };
     let at = located.transport + checksum_offset(located.protocol).unwrap_or(0);
     match distortion {
-        Distortion::Nothing => {}
         Distortion::Travelled => {
             quote[hop_limit] = 1;
             quote[1] ^= 0x10;

@@ -70,7 +70,7 @@ pub(crate) struct World {
 
 /// What is removed when the world is.
 enum Kept {
-    Lab(Lab),
+    Lab(Box<Lab>),
     Scenario(Box<Scenario>),
 }
 
@@ -144,7 +144,7 @@ impl World {
             }
         }
         let invalid = Some(Tap::open(&lab.client.namespace, TRAP)?);
-        Self::new(Kept::Lab(lab), invalid)
+        Self::new(Kept::Lab(Box::new(lab)), invalid)
     }
 
     /// A node with proxier.
