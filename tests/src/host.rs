@@ -49,6 +49,19 @@ pub struct Host {
 }
 
 impl Host {
+    /// The hardware addresses of its interface and of its gateway.
+    ///
+    /// # Panics
+    ///
+    /// When it sends by its stack, which finds them by itself.
+    #[must_use]
+    pub fn hardware_addresses(&self) -> [[u8; 6]; 2] {
+        match self.output {
+            Output::Link { mac, gateway_mac } => [mac, gateway_mac],
+            Output::Stack => panic!("{} sends by its stack", self.name),
+        }
+    }
+
     /// Its first address of the family of `like`.
     ///
     /// # Panics

@@ -163,13 +163,13 @@ impl World {
         let like = externals()[0];
         let ends = [lab.client.address(like), pod.address(like)]
             .map(|address| SocketAddr::new(address, SENTINEL_PORT));
-        let sentinel = |from: SocketAddr, to, macs: ([u8; 6], [u8; 6])| Frame {
-            bytes: Packet::udp(from, to, b"nothing more comes").frame(macs.0, macs.1),
+        let sentinel = |from: SocketAddr, to, [mac, gateway_mac]: [[u8; 6]; 2]| Frame {
+            bytes: Packet::udp(from, to, b"nothing more comes").frame(mac, gateway_mac),
             ..Frame::default()
         };
         let sentinels = [
-            sentinel(ends[0], ends[1], (lab.client.mac, lab.client.gateway_mac)),
-            sentinel(ends[1], ends[0], (pod.mac, pod.gateway_mac)),
+            sentinel(ends[0], ends[1], lab.client.hardware_addresses()),
+            sentinel(ends[1], ends[0], pod.hardware_addresses()),
         ];
         let client = Tap::open(&lab.client.namespace, proxier_tests::host::INTERFACE)?;
         let pod = Tap::open(&pod.namespace, proxier_tests::host::INTERFACE)?;
@@ -183,11 +183,14 @@ impl World {
     /// Addresses, the same in both worlds.
     pub(crate) fn map(&self) -> Map {
         let lab = self.lab.lab();
-        let (client, pod) = (&lab.client, &lab.pods[0].host);
+        let pod = &lab.pods[0].host;
+        let [[client, by_client], [of_pod, by_pod]] =
+            [lab.client.hardware_addresses(), pod.hardware_addresses()];
+        let macs = [client, by_client, of_pod, by_pod];
         Map {
             externals: externals(),
             pods: externals().map(|like| pod.address(like)),
-            macs: [client.mac, client.gateway_mac, pod.mac, pod.gateway_mac],
+            macs,
             own_addresses: [OWN_TO_POD.into(), own_to_client(), Lab::node_address(externals()[1])],
         }
     }
@@ -236,8 +239,8 @@ fn settle(lab: &Lab) -> anyhow::Result<()> {
              neighbour replace {address} lladdr {} dev pod1 nud permanent\n\
              route replace default via {client} dev {UPLINK} mtu lock {MTU_OF_CLIENT}\n\
              route replace {address}/{length} dev pod1 mtu lock {MTU_OF_POD}\n",
-            hex(lab.client.mac),
-            hex(pod.mac),
+            hex(lab.client.hardware_addresses()[0]),
+            hex(pod.hardware_addresses()[0]),
         ));
     }
     node.ip(&batch)?;
