@@ -32,8 +32,9 @@ pub const MAX_BACKENDS: u32 = 524_288;
 pub const MAX_SESSIONS: u32 = 262_144;
 /// Most flows remembered (entries of `flows`); beyond it the least recently used one goes.
 pub const MAX_FLOWS: u32 = 262_144;
-/// Most fragmented packets of which the rest is still awaited (entries of `fragments`).
-pub const MAX_FRAGMENTS: u32 = 16_384;
+/// Most fragmented packets of which the rest is still awaited (entries of `fragments`). An LRU map keeps up to 128 entries
+/// back for each CPU.
+pub const MAX_FRAGMENTS: u32 = 65_536;
 
 /// Most source ranges of all Services and generations (entries of `sources`).
 pub const MAX_SOURCES: u32 = 65_536;

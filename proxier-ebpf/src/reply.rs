@@ -234,7 +234,7 @@ fn rebuild_flow<T: Tables>(tables: &T, transport: &Transport, reply: &Reply) -> 
 /// it has been idle: a conversation of the same ports with the pod's own address would have ended it.
 #[inline(always)]
 const fn is_another_conversation(flow: &FlowValue, transport: &Transport) -> bool {
-    transport.tcp_flags & tcp_flags::SYN != 0 && timeout::tcp_is_closed(flow.tcp_state)
+    transport.opens() && timeout::tcp_is_closed(flow.tcp_state)
 }
 
 /// What a TCP connection's state becomes by a packet of the pod.
@@ -244,7 +244,9 @@ const fn tcp_state_after(transport: &Transport, state: u8) -> u8 {
         return 0;
     }
     let flags = transport.tcp_flags;
-    let mut state = state | TCP_REPLIED;
+    // With a SYN the pod takes part in a new connection, whatever a straggler of the former has left.
+    let former = if flags & tcp_flags::SYN == 0 { state } else { 0 };
+    let mut state = former | TCP_REPLIED;
     if flags & tcp_flags::RST != 0 {
         state |= TCP_RESET;
     }

@@ -57,7 +57,13 @@ pub fn request<P: Packet, T: Tables>(packet: &mut P, tables: &T, origin: Origin)
     }
 }
 
+/// A request of the node that was rewritten has refreshed its flow within this time, before it comes by the pod's link.
+const JUST_NOW: u64 = 2 * SECOND;
+
 /// Notes that a process of the node speaks to a pod's own address, if the packet is for one.
+///
+/// Not about a flow that was in use just now: the mark of a rewritten packet may have been lost on the way, for the kernel
+/// puts the class into the same field where a classifier says so.
 ///
 /// [`request`] does so for every other client, whose packets it sees.
 #[inline(always)]
@@ -73,7 +79,7 @@ pub fn straight_to_pod<P: Packet, T: Tables>(packet: &P, tables: &T) {
 fn straight_of_family<F: Family, P: Packet, T: Tables>(packet: &P, tables: &T, offset: u32) {
     let mut request = Request::within(packet.length(), DELIVERY_NODE);
     if !packet.is_rewritten() && read::<F, P, T>(packet, tables, offset, &mut request) == Read::Pod {
-        forget_flow(tables, &request);
+        forget_flow(tables, &request, JUST_NOW);
     }
 }
 
@@ -108,7 +114,7 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
         Read::NotOurs => Some(Verdict::Next),
         Read::Pod => {
             if !packet.is_rewritten() {
-                forget_flow(tables, &request);
+                forget_flow(tables, &request, 0);
             }
             Some(Verdict::Next)
         }
@@ -580,9 +586,9 @@ const fn tcp_state_after(transport: &Transport, state: u8) -> u8 {
 
 /// A packet that was sent to the pod's own address ends what is noted about an earlier conversation with the same ports
 /// through an external address: the pod's answer belongs to this one. Of TCP, where it can be told, only a new
-/// connection after the end of the old one.
+/// connection after the end of the old one. And only if that has been idle for so long.
 #[inline(never)]
-fn forget_flow<T: Tables>(tables: &T, request: &Request) {
+fn forget_flow<T: Tables>(tables: &T, request: &Request, idle: u64) {
     let Request { destination: ExternalKey { external: pod }, peer, transport, .. } = request;
     if !matches!(transport.kind, Kind::Ordinary | Kind::Query) {
         return;
@@ -597,7 +603,7 @@ fn forget_flow<T: Tables>(tables: &T, request: &Request) {
         let ends = !is_tcp
             || timeout::tcp_is_closed(flow.tcp_state)
             || timeout::flow_is_over(&key, &flow, tables.now());
-        if !ends {
+        if !ends || tables.now().saturating_sub(flow.last_seen) < idle {
             return;
         }
         tables.remove_flow(&key);

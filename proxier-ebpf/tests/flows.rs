@@ -379,3 +379,22 @@ fn two_first_packets_at_once_agree_on_the_flow() {
         assert_eq!(request(&mut packet, &racing), expected);
     }
 }
+
+/// The port is in use again, and a reset of the former connection was late.
+#[test]
+fn a_late_reset_does_not_show_the_pods_address_in_the_next_handshake() {
+    for net in BOTH {
+        let tables = tables(&[net.external], &[net.pod]);
+        for (from_client, flags) in
+            [(true, 0x02), (false, 0x12), (true, 0x10), (true, 0x02), (false, 0x04), (false, 0x12)]
+        {
+            let mut packet = tcp(&net, from_client, flags);
+            let verdict =
+                if from_client { request(&mut packet, &tables) } else { reply(&mut packet, &tables) };
+            assert_eq!(verdict, Verdict::Rewritten, "flags {flags:#x}");
+        }
+        request(&mut tcp(&net, true, 0x10), &tables);
+        let state = only_flow(&tables).1.0.get().tcp_state;
+        assert_eq!(state, TCP_REPLIED | TCP_ESTABLISHED, "it lives as long as one that is open");
+    }
+}

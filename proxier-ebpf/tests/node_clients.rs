@@ -4,7 +4,7 @@
 mod common;
 
 use common::*;
-use proxier_common::{DELIVERY_NODE, DropReason, ExternalKey, SERVICE_IS_POD};
+use proxier_common::{DELIVERY_NODE, DropReason, ExternalKey, SERVICE_IS_POD, timeout::SECOND};
 use proxier_ebpf::{
     Verdict,
     host::{HostPacket, HostTables},
@@ -87,6 +87,9 @@ fn a_process_that_speaks_to_the_pod_itself_ends_what_was_noted_for_its_port() {
         straight_to_pod(&plain(net.client, net.external, UDP, (40_000, 53)), &tables);
         straight_to_pod(&plain(net.client, net.other_pod, UDP, (40_000, 53)), &tables);
         assert_eq!(tables.flows.borrow().len(), 1, "it is for somebody else");
+        straight_to_pod(&plain(net.client, net.pod, UDP, (40_000, 53)), &tables);
+        assert_eq!(tables.flows.borrow().len(), 1, "it may be the same, its mark lost");
+        tables.now.set(tables.now.get() + 2 * SECOND);
         straight_to_pod(&plain(net.client, net.pod, UDP, (40_000, 53)), &tables);
         let mut answer = plain(net.pod, net.client, UDP, (53, 40_000));
         assert_eq!(reply_to_node(&mut answer, &tables), Verdict::Next);

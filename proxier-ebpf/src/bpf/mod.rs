@@ -49,13 +49,29 @@ pub(crate) fn proxier_rep_l3(context: TcContext) -> i32 {
 /// Requests of a pod on this node, at the ingress of the pod's host-side link. Replies to the node itself.
 #[classifier]
 pub(crate) fn proxier_pod_in(context: TcContext) -> i32 {
-    let mut packet = Skb::<ETHERNET_HEADER>::new(&context);
+    from_pod(&context, redirect::comes_from_its_source)
+}
+
+/// The same where that link is a port of a bridge. There, a pod that has another's address is the bridge's affair.
+#[classifier]
+pub(crate) fn proxier_port_in(context: TcContext) -> i32 {
+    from_pod(&context, |_| true)
+}
+
+/// `is_genuine` tells whether the packet's source is whom the link leads to. What is not must not get past the filters of
+/// the link, and stays there.
+#[inline(always)]
+fn from_pod(context: &TcContext, is_genuine: fn(&TcContext) -> bool) -> i32 {
+    const HOOK: Hook = Hook::PodIngress;
+    let mut packet = Skb::<ETHERNET_HEADER>::new(context);
     match proxier_ebpf::request(&mut packet, &KernelTables, Origin::Pod) {
         Verdict::ToNode => {
+            let is_genuine = is_genuine(context);
             let verdict = proxier_ebpf::reply(&mut packet, &KernelTables, DELIVERY_NODE);
-            action::<ETHERNET_HEADER>(&context, verdict, Hook::PodIngress, redirect::to_node)
+            let onward = if is_genuine { redirect::to_node } else { through_stack };
+            action::<ETHERNET_HEADER>(context, verdict, HOOK, onward)
         }
-        verdict => action::<ETHERNET_HEADER>(&context, verdict, Hook::PodIngress, through_stack),
+        verdict => action::<ETHERNET_HEADER>(context, verdict, HOOK, through_stack),
     }
 }
 

@@ -4,11 +4,11 @@ use core::{mem, ptr};
 
 use aya_ebpf::{
     bindings::{BPF_F_INGRESS, TC_ACT_SHOT, TC_ACT_UNSPEC},
-    helpers::{bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh, bpf_skb_change_head},
+    helpers::{bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh, bpf_skb_change_head, bpf_skb_vlan_pop},
     programs::TcContext,
 };
 use proxier_common::{Address, DropReason};
-use proxier_ebpf::{Family, NetworkHeader, Packet, V4, V6};
+use proxier_ebpf::{Family, NetworkHeader, Packet, V4, V6, family::V6_HEADER_LENGTH};
 
 use super::skb::{ETHERNET_HEADER, NO_LINK_HEADER, Skb};
 
@@ -51,18 +51,22 @@ pub(super) fn to_pod<const LINK_HEADER: u32>(context: &TcContext) -> Result<i32,
     let packet = Skb::<LINK_HEADER>::new(context);
     let route = Route::of_packet(&packet, Direction::Forward).ok_or(DropReason::NoRoute)?;
     match route.result {
-        Route::FOUND | Route::NO_NEIGHBOUR => {}
+        Route::FOUND => {}
+        // Linux before 5.12 does not say which interface if the neighbour is not known yet.
+        Route::NO_NEIGHBOUR if route.lookup.interface != packet.interface() => {}
         Route::TOO_BIG => return Err(DropReason::TooBig),
         _ => return Err(DropReason::NoRoute),
     }
-    // Linux before 5.12 does not say which interface if the neighbour is not known yet.
-    if route.lookup.interface == packet.interface() {
-        return Err(DropReason::NoRoute);
+    let skb = context.skb.skb;
+    // SAFETY: a valid context.
+    if unsafe { (*skb).vlan_present } != 0 && unsafe { bpf_skb_vlan_pop(skb) } != 0 {
+        // The tag was for the uplink.
+        return Err(DropReason::RewriteFailed);
     }
     if LINK_HEADER == NO_LINK_HEADER {
         // The kernel wants to take an Ethernet header off.
-        // SAFETY: the kernel hands over a valid context.
-        let made = unsafe { bpf_skb_change_head(context.skb.skb, ETHERNET_HEADER, 0) };
+        // SAFETY: a valid context.
+        let made = unsafe { bpf_skb_change_head(skb, ETHERNET_HEADER, 0) };
         if made != 0 {
             return Err(DropReason::RewriteFailed);
         }
@@ -78,6 +82,18 @@ pub(super) fn mtu_towards_pod<const LINK_HEADER: u32>(context: &TcContext) -> Op
     let route = Route::of_packet(&Skb::<LINK_HEADER>::new(context), Direction::Forward)?;
     let mtu = route.lookup.total_length;
     (route.result == Route::TOO_BIG && mtu != 0).then_some(mtu.into())
+}
+
+/// Whether the route to the packet's source leads back by the interface that it came in by.
+#[inline(never)]
+pub(super) fn comes_from_its_source(context: &TcContext) -> bool {
+    let packet = Skb::<ETHERNET_HEADER>::new(context);
+    match Route::of_packet(&packet, Direction::Reverse) {
+        Some(Route { lookup, result: Route::FOUND | Route::NO_NEIGHBOUR }) => {
+            lookup.interface == packet.interface()
+        }
+        _ => false,
+    }
 }
 
 /// Sends the reply of a pod to a process of the node, as if it came in by the uplink that the request was to leave by: a
@@ -124,7 +140,7 @@ struct FibLookup {
     protocol: u8,
     source_port: u16,
     destination_port: u16,
-    /// 0: the kernel takes the packet's own. Comes back as the MTU.
+    /// What has to fit; 0: the kernel compares what it will send with the device's MTU. Comes back as the MTU.
     total_length: u16,
     interface: u32,
     flow_information: u32,
@@ -183,8 +199,15 @@ impl Route {
                 lookup.destination = words(packet.load(offset + V6::DESTINATION)?);
             }
         }
-        if direction == Direction::Reverse {
-            mem::swap(&mut lookup.source, &mut lookup.destination);
+        match direction {
+            // Of a large one that is segmented later, the pieces have to, and the kernel sees to that.
+            Direction::Forward if packet.is_segmented_later() => {}
+            Direction::Forward => lookup.total_length = length_of(packet)?,
+            Direction::Reverse => {
+                mem::swap(&mut lookup.source, &mut lookup.destination);
+                // It came in: whether it would fit the way back is of no interest.
+                lookup.total_length = 1;
+            }
         }
         lookup.interface = packet.interface();
         // SAFETY: a valid context, and a structure of the kernel's layout and of the size that is told.
@@ -193,6 +216,19 @@ impl Route {
         };
         Some(Self { lookup, result })
     }
+}
+
+/// Length of the IP packet, as its header says.
+#[inline(always)]
+fn length_of<const LINK_HEADER: u32>(packet: &Skb<'_, LINK_HEADER>) -> Option<u16> {
+    const V4_TOTAL_LENGTH: u32 = 2;
+    const V6_PAYLOAD_LENGTH: u32 = 4;
+    let (at, header) = match packet.network_header()? {
+        NetworkHeader::V4(offset) => (offset + V4_TOTAL_LENGTH, 0),
+        NetworkHeader::V6(offset) => (offset + V6_PAYLOAD_LENGTH, V6_HEADER_LENGTH),
+    };
+    let length = u32::from(u16::from_be_bytes(packet.load(at)?)) + header;
+    Some(if length > 0xffff { 0xffff } else { (length & 0xffff) as u16 })
 }
 
 #[inline(always)]

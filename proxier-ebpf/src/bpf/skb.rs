@@ -44,6 +44,13 @@ impl<'a, const LINK_HEADER: u32> Skb<'a, LINK_HEADER> {
         unsafe { (*self.context.skb.skb).ingress_ifindex == 0 }
     }
 
+    /// Whether it is larger than what will be sent (GSO).
+    #[inline(always)]
+    pub(super) fn is_segmented_later(&self) -> bool {
+        // SAFETY: as in `is_made_here`.
+        unsafe { (*self.context.skb.skb).gso_size != 0 }
+    }
+
     /// As the kernel handed it over.
     #[inline(always)]
     pub(super) const fn context(&self) -> &TcContext {

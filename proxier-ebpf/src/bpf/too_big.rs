@@ -14,8 +14,9 @@ use proxier_ebpf::{Family, NetworkHeader, Packet, V4, V6, checksum};
 
 use super::{redirect, skb::Skb};
 
-/// How much of an IPv4 packet is quoted: the largest header and 8 bytes (RFC 792).
-const V4_QUOTE: usize = 68;
+/// How much of an IPv4 packet is quoted: the largest header, and as much of TCP's as holds its checksum. Less than that
+/// the kernel does not leave of a packet whose checksum is left to the hardware.
+const V4_QUOTE: usize = 80;
 /// How much of an IPv6 packet is quoted: as much as makes room for ports, checksum and some extension headers.
 const V6_QUOTE: usize = 88;
 

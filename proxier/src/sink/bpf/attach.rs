@@ -30,6 +30,8 @@ pub(super) enum Role {
     Uplink,
     /// A pod on this node.
     PodLink,
+    /// A pod on this node, which is on a bridge: the route to it leads to the bridge, not to its own link.
+    PodPort,
 }
 
 /// One of the two places at an interface.
@@ -60,17 +62,19 @@ impl Place {
             (Self::Egress, Role::Uplink, LinkHeader::None) => "proxier_rep_l3",
             (Self::Ingress, Role::Uplink, LinkHeader::None) => "proxier_req_l3",
             // Pods have Ethernet links.
-            (Self::Egress, Role::PodLink, _) => "proxier_pod_out",
+            (Self::Egress, Role::PodLink | Role::PodPort, _) => "proxier_pod_out",
             (Self::Ingress, Role::PodLink, _) => "proxier_pod_in",
+            (Self::Ingress, Role::PodPort, _) => "proxier_port_in",
         }
     }
 
     /// Every program that may be in this place.
-    const fn programs(self) -> [&'static str; 3] {
+    const fn programs(self) -> [&'static str; 4] {
         [
             self.program(Role::Uplink, LinkHeader::Ethernet),
             self.program(Role::Uplink, LinkHeader::None),
             self.program(Role::PodLink, LinkHeader::Ethernet),
+            self.program(Role::PodPort, LinkHeader::Ethernet),
         ]
     }
 

@@ -216,7 +216,10 @@ impl BpfSink {
         let pod_links = view.pod_links.iter().filter(|interface| self.local_clients && !stays(interface));
         let uplinks = view.uplinks.iter().map(|interface| (interface.clone(), Role::Uplink));
         // Pods first: their replies leave by uplinks as well.
-        pod_links.map(|interface| (interface.clone(), Role::PodLink)).chain(uplinks).collect()
+        let role = |interface: &Interface| {
+            if interface.is_bridge_port { Role::PodPort } else { Role::PodLink }
+        };
+        pod_links.map(|interface| (interface.clone(), role(interface))).chain(uplinks).collect()
     }
 
     /// Puts the programs in their places again, in case somebody has taken them off: a filter goes with its qdisc, and

@@ -11,7 +11,7 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use rtnetlink::{
     Handle, MulticastGroup, RouteMessageBuilder, new_connection, new_multicast_connection,
     packet_route::{
-        link::{InfoKind, LinkAttribute, LinkInfo, LinkLayerType},
+        link::{InfoKind, InfoPortKind, LinkAttribute, LinkInfo, LinkLayerType},
         route::{RouteAttribute, RouteMessage, RouteType},
     },
 };
@@ -35,6 +35,8 @@ pub(super) struct Interface {
     pub(super) header: Option<LinkHeader>,
     /// The node's end of a pair whose other end is in another network namespace.
     pub(super) leads_to_pod: bool,
+    /// One of a bridge's: what comes in goes on by the bridge.
+    pub(super) is_bridge_port: bool,
 }
 
 /// The interfaces, at one moment.
@@ -115,6 +117,8 @@ async fn list(handle: &Handle, named: &BTreeSet<String>) -> anyhow::Result<View>
                 name,
                 header: link_header(link.header.link_layer_type),
                 leads_to_pod: leads_to_pod(&link.attributes),
+                is_bridge_port: infos(&link.attributes)
+                    .any(|info| matches!(info, LinkInfo::PortKind(InfoPortKind::Bridge))),
             });
         }
     }
@@ -138,13 +142,16 @@ fn view(interfaces: Vec<Interface>, wanted: &BTreeSet<u32>, named: &BTreeSet<Str
 /// Every container network plugin that gives a pod an interface of its own on the node makes such a pair.
 fn leads_to_pod(attributes: &[LinkAttribute]) -> bool {
     let elsewhere = attributes.iter().any(|attribute| matches!(attribute, LinkAttribute::LinkNetNsId(_)));
-    let pair = attributes.iter().any(|attribute| match attribute {
-        LinkAttribute::LinkInfo(infos) => {
-            infos.iter().any(|info| matches!(info, LinkInfo::Kind(InfoKind::Veth | InfoKind::Netkit)))
-        }
-        _ => false,
-    });
+    let pair =
+        infos(attributes).any(|info| matches!(info, LinkInfo::Kind(InfoKind::Veth | InfoKind::Netkit)));
     elsewhere && pair
+}
+
+fn infos(attributes: &[LinkAttribute]) -> impl Iterator<Item = &LinkInfo> {
+    attributes.iter().flat_map(|attribute| match attribute {
+        LinkAttribute::LinkInfo(infos) => infos.as_slice(),
+        _ => &[],
+    })
 }
 
 async fn default_route_interfaces(handle: &Handle) -> anyhow::Result<BTreeSet<u32>> {
@@ -198,7 +205,13 @@ mod tests {
     use super::*;
 
     fn interface(index: u32, name: &str) -> Interface {
-        Interface { index, name: name.to_owned(), header: Some(LinkHeader::Ethernet), leads_to_pod: false }
+        Interface {
+            index,
+            name: name.to_owned(),
+            header: Some(LinkHeader::Ethernet),
+            leads_to_pod: false,
+            is_bridge_port: false,
+        }
     }
 
     #[test]
