@@ -176,6 +176,9 @@ fn spoil_packet(spoil: Spoil, packet: &mut [u8]) {
         Spoil::Length(by) => {
             let at = if v4 { 2 } else { 4 };
             let length = word(packet, at).unwrap_or(0).wrapping_add_signed(by.into());
+            // With hop-by-hop options it would be a jumbogram, without saying how long (RFC 2675, section 3: an error).
+            let is_jumbogram = !v4 && length == 0 && packet[6] == protocol::HOP_BY_HOP;
+            let length = if is_jumbogram { 1 } else { length };
             packet[at..at + 2].copy_from_slice(&length.to_be_bytes());
             if v4 {
                 seal_header(packet);

@@ -17,7 +17,9 @@ use proxier_tests::{
 
 use crate::{
     compare::reassembled,
-    model::{self, Conversation, Field, bare, ip_of, is_error, is_understood, through, translate_own},
+    model::{
+        self, Conversation, Field, bare, ip_of, is_accepted, is_error, is_understood, through, translate_own,
+    },
     packet::{Located, has_right_checksum, word},
     play::Cast,
     script::{Offloaded, Script, Side, Step, Talk},
@@ -50,11 +52,15 @@ pub(crate) const MEANT: &[Meant] = &[
         reason: "What connection tracking finds invalid its NAT leaves alone, and it goes back and forth between node and \
             router. proxier tracks no states: what it can read it translates, what it cannot read it drops (decision 005).",
         correct: |case, netfilter| {
-            let invalid: Vec<Frame> =
-                netfilter.invalid.iter().filter_map(|frame| through(case, frame)).collect();
             if netfilter.invalid.is_empty() {
                 return None;
             }
+            // Each fragment on its own: nobody has looked at the whole.
+            if case.frames.iter().filter_map(located).any(|located| located.is_part()) {
+                return Some(model::outcome(case));
+            }
+            let invalid: Vec<Frame> =
+                netfilter.invalid.iter().filter_map(|frame| through(case, frame)).collect();
             let mut outcome = Outcome { invalid: Vec::new(), ..netfilter.clone() };
             match case.side {
                 Side::Client => outcome.pod.extend(invalid),
@@ -70,6 +76,15 @@ pub(crate) const MEANT: &[Meant] = &[
         correct: |case, _| {
             let is_routed = |frame: &Frame| located(frame).is_some_and(|located| located.is_source_routed);
             case.frames.iter().any(is_routed).then(|| model::outcome(case))
+        },
+    },
+    Meant {
+        name: "packet that ends within its extension headers",
+        reason: "netfilter translates it if it knows no more of the protocol than its number. To proxier it is broken: for an \
+            external address it is dropped, from a pod it is left alone (decision 005).",
+        correct: |case, netfilter| {
+            let is_cut = |frame: &Frame| located(frame).is_none() && is_accepted(frame);
+            (case.frames.iter().any(is_cut) && !is_answered(case, netfilter)).then(|| model::outcome(case))
         },
     },
     Meant {

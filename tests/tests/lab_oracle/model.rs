@@ -13,7 +13,7 @@ use crate::{
     packet::{Located, addresses, octets, word},
     play::Cast,
     script::Side,
-    world::Outcome,
+    world::{MTU_OF_CLIENT, MTU_OF_POD, Outcome},
 };
 
 /// A frame's VLAN tags.
@@ -45,9 +45,10 @@ impl Field {
 /// The IP packet in a frame, without tags and without what is behind its end.
 pub(crate) fn ip_of(frame: &Frame) -> &[u8] {
     let ip = frame.bytes.get(12 + tags(frame).len() + 2..).unwrap_or_default();
-    let end = match Located::of(ip) {
-        Some(located) => located.end,
-        None => ip.len(),
+    let end = match (Located::of(ip), ip.first().map(|byte| byte >> 4), word(ip, 4)) {
+        (Some(located), ..) => located.end,
+        (None, Some(6), Some(length)) => (40 + usize::from(length)).min(ip.len()),
+        (None, ..) => ip.len(),
     };
     &ip[..end]
 }
@@ -160,14 +161,23 @@ pub(crate) fn bare(frame: &Frame) -> Frame {
 
 /// Whether any IP stack takes it: all of it is there, and the header's checksum is right.
 pub(crate) fn is_accepted(frame: &Frame) -> bool {
-    let ip = &frame.bytes[12 + tags(frame).len() + 2..];
-    let Some(located) = Located::of(ip) else { return false };
-    if located.v6 {
-        usize::from(word(ip, 4).unwrap_or(0)) + 40 <= ip.len()
-    } else {
-        let header = located.transport.min(usize::from(ip[0] & 15) * 4);
-        let length = usize::from(word(ip, 2).unwrap_or(0));
-        internet_checksum::checksum(&ip[..header]) == [0, 0] && length <= ip.len() && length >= header
+    let ip = frame.bytes.get(12 + tags(frame).len() + 2..).unwrap_or_default();
+    match ip.first().map(|byte| byte >> 4) {
+        Some(4) => Located::of(ip).is_some_and(|located| {
+            let length = usize::from(word(ip, 2).unwrap_or(0));
+            let is_right = internet_checksum::checksum(&ip[..usize::from(ip[0] & 15) * 4]) == [0, 0];
+            is_right && length <= ip.len() && length >= located.transport
+        }),
+        Some(6) => word(ip, 4).is_some_and(|length| {
+            let length = usize::from(length);
+            // Hop-by-hop options are every router's business.
+            let is_read = match (ip.get(6), ip.get(41)) {
+                (Some(&protocol::HOP_BY_HOP), Some(words)) => 8 + 8 * usize::from(*words) <= length,
+                (number, _) => number != Some(&protocol::HOP_BY_HOP),
+            };
+            40 + length <= ip.len() && is_read
+        }),
+        _ => false,
     }
 }
 
@@ -324,9 +334,12 @@ fn quoted(ip: &[u8], between: (IpAddr, IpAddr)) -> Option<&[u8]> {
     let quote = ip.get(located.transport + 8..located.end)?;
     let inner = Located::of(quote).filter(|inner| inner.v6 == located.v6 && !inner.is_source_routed)?;
     let is_there = addresses(quote)? == between;
+    // Of more than 64 KiB, and cut short.
+    let is_big = inner.v6 && word(quote, 4) == Some(0);
+    let end = if is_big { quote.len() } else { inner.end };
     let is_enough = !(has_ports(inner.protocol)
         || matches!(inner.protocol, protocol::ICMP | protocol::ICMPV6))
-        || inner.end - inner.transport >= 8;
+        || end - inner.transport >= 8;
     (is_there && is_enough).then_some(quote)
 }
 
@@ -335,28 +348,41 @@ pub(crate) fn outcome(case: &Case<'_>) -> Outcome {
     let is_part = |frame: &Frame| Located::of(ip_of(frame)).is_some_and(|located| located.is_part());
     let mut first = None;
     let own = case.cast.map.own_addresses[case.side as usize];
-    let frames = case.frames.iter().filter_map(|frame| forwarded(frame, own)).filter_map(|frame| {
-        let out = through(case, &frame);
-        if case.side == Side::Client || !is_part(&frame) {
-            return out;
-        }
-        // Pieces of a reply go the way of the first, once that has passed.
-        let ip = ip_of(&frame).to_vec();
-        if Located::of(&ip)?.has_transport() {
-            // Of an error in pieces nobody sees the whole quote.
-            let translated = out.filter(|_| !is_error(&ip)).and_then(|out| {
-                let source = address(ip_of(&out), Field::Source)?;
-                (source == case.cast.external).then_some(out)
-            });
-            first = translated.as_ref().map(|_| case.cast.external);
-            return translated.or_else(|| towards(case, &frame, &ip));
-        }
-        let mut ip = ip;
-        if let Some(external) = first {
-            translate(&mut ip, Field::Source, external, frame.offload);
-        }
-        towards(case, &frame, &ip)
-    });
+    let mtu = if case.side == Side::Client { MTU_OF_POD } else { MTU_OF_CLIENT };
+    // An error that is too big is dropped, without another one about it (RFC 1122, RFC 4443).
+    let is_dropped = |frame: &&Frame| {
+        let ip = ip_of(frame);
+        let may_be_cut =
+            address(ip, Field::Source).is_some_and(|source| source.is_ipv4()) && ip[6] & 0x40 == 0;
+        is_error(ip) && ip.len() > usize::from(mtu) && !may_be_cut
+    };
+    let frames = case
+        .frames
+        .iter()
+        .filter(|frame| !is_dropped(frame))
+        .filter_map(|frame| forwarded(frame, own))
+        .filter_map(|frame| {
+            let out = through(case, &frame);
+            if case.side == Side::Client || !is_part(&frame) {
+                return out;
+            }
+            // Pieces of a reply go the way of the first, once that has passed.
+            let ip = ip_of(&frame).to_vec();
+            if Located::of(&ip)?.has_transport() {
+                // Of an error in pieces nobody sees the whole quote.
+                let translated = out.filter(|_| !is_error(&ip)).and_then(|out| {
+                    let source = address(ip_of(&out), Field::Source)?;
+                    (source == case.cast.external).then_some(out)
+                });
+                first = translated.as_ref().map(|_| case.cast.external);
+                return translated.or_else(|| towards(case, &frame, &ip));
+            }
+            let mut ip = ip;
+            if let Some(external) = first {
+                translate(&mut ip, Field::Source, external, frame.offload);
+            }
+            towards(case, &frame, &ip)
+        });
     let frames = frames.collect();
     match case.side {
         Side::Client => Outcome { pod: frames, ..Outcome::default() },

@@ -51,7 +51,12 @@ impl Located {
 
     fn of_ipv4(ip: &[u8]) -> Option<Self> {
         let transport = usize::from(ip[0] & 15) * 4;
-        if transport > ip.len() || transport < 20 {
+        let end = match usize::from(word(ip, 2)?) {
+            // Of more than 64 KiB, and cut short by who quotes it.
+            0 => ip.len(),
+            length => length,
+        };
+        if transport < 20 || transport > end.min(ip.len()) {
             return None;
         }
         let field = word(ip, 6)?;
@@ -61,7 +66,7 @@ impl Located {
             v6: false,
             protocol: ip[9],
             transport,
-            end: usize::from(word(ip, 2)?).clamp(transport, ip.len()),
+            end: end.min(ip.len()),
             piece: (offset > 0 || more).then_some(piece),
             fragment_header: None,
             is_source_routed: false,

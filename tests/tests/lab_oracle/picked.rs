@@ -59,16 +59,25 @@ pub(crate) fn scripts() -> Vec<(String, Script)> {
         add("neighbour discovery", Talk::Query(0), spoilt(Spoil::Flip(0, 8)));
         add("a length of zero", Talk::Gre(None), spoilt(Spoil::Length(-12)));
     }
-    let mut add_v6 = |name: &str, extensions: Vec<(u8, Vec<u8>)>| {
-        let header = Header { extensions, ..Header::default() };
-        let steps = vec![Step::Request(Shape { header, ..Shape::default() })];
-        let script = Script { v6: true, talk: Talk::Udp, client_port: 40_000, pod_port: 443, steps };
+    let mut add_v6 = |name: &str, talk: Talk, extensions: Vec<(u8, Vec<u8>)>, spoil: Spoil| {
+        let right = Shape { header: Header { extensions, ..Header::default() }, ..Shape::default() };
+        let wrong = Shape { spoil, ..right.clone() };
+        let steps = vec![
+            Step::Request(right.clone()),
+            Step::Reply(right),
+            Step::Request(wrong.clone()),
+            Step::Reply(wrong),
+        ];
+        let script = Script { v6: true, talk, client_port: 40_000, pod_port: 443, steps };
         scripts.push((name.to_owned(), script));
     };
     let nothing = (60, vec![0, 1, 4, 0, 0, 0, 0]);
-    add_v6("a source route with segments left", vec![(43, vec![0, 253, 1, 0, 0, 0, 0])]);
-    add_v6("eight extension headers", vec![nothing.clone(); 8]);
-    add_v6("nine extension headers", vec![nothing; 9]);
+    let route = (43, vec![0, 253, 1, 0, 0, 0, 0]);
+    add_v6("a source route with segments left", Talk::Udp, vec![route], Spoil::Nothing);
+    add_v6("eight extension headers", Talk::Udp, vec![nothing.clone(); 8], Spoil::Nothing);
+    add_v6("nine extension headers", Talk::Udp, vec![nothing.clone(); 9], Spoil::Nothing);
+    // The length says that there are seven bytes of the header, which has eight.
+    add_v6("an extension header cut short", Talk::Esp, vec![nothing], Spoil::Length(-9));
     scripts
 }
 
@@ -115,6 +124,13 @@ fn errors(v6: bool) -> Vec<Step> {
             Distortion::Stranger,
         ] {
             steps.push(Step::Error(side, error_about(v6, 100, distortion)));
+        }
+        // About a packet of another client: that of the last script, which had the same ports.
+        let last_of_client = if v6 { 8 + 23 } else { 8 + 15 };
+        for bits in [0x01, 0x03, 0x07, 0x0f] {
+            let spoil = Spoil::Flip(last_of_client, bits);
+            let about = ErrorShape { spoil, ..error_about(v6, 100, Distortion::Nothing) };
+            steps.push(Step::Error(side, about));
         }
         let redirect = ErrorShape { kind: (5, 1), ..error_about(v6, 100, Distortion::Nothing) };
         if !v6 {

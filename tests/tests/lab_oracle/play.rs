@@ -12,7 +12,7 @@ use crate::{
     model::{self, Conversation, ip_of},
     packet::{Located, addresses, checksum_offset, seal, word},
     script::{Distortion, ErrorShape, Script, Shape, Side, Step, Talk},
-    world::{Map, World},
+    world::{Map, Outcome, World},
 };
 
 /// The two worlds, and what has been compared in them.
@@ -48,6 +48,34 @@ struct Progress {
     known: Vec<Conversation>,
 }
 
+impl Progress {
+    /// What a step has changed. What netfilter has not let through it knows nothing of, nor of a connection that has been reset
+    /// before it was established: it would take an answer for a conversation of the pod's own.
+    /// So pods answer what came out of both worlds.
+    fn note(&mut self, step: &Step, sent: &[Frame], netfilter: &Outcome, proxier: &Outcome) {
+        match step {
+            Step::Request(_) => {
+                let translated = sent.iter().map(ip_of).filter(|ip| model::is_understood(ip));
+                self.known.extend(translated.filter_map(|ip| model::conversation(ip, Side::Client)));
+                if has_reset(sent) {
+                    self.at_pod = None;
+                } else if !netfilter.pod.is_empty() {
+                    self.at_pod = first_of(&proxier.pod).or_else(|| self.at_pod.take());
+                }
+            }
+            Step::Reply(_) => {
+                if has_reset(sent) {
+                    self.at_pod = None;
+                }
+                if !netfilter.client.is_empty() {
+                    self.at_client = first_of(&proxier.client).or_else(|| self.at_client.take());
+                }
+            }
+            Step::Error(..) | Step::Own(_) | Step::Straight(_) => {}
+        }
+    }
+}
+
 impl Stage {
     pub(crate) fn new(netfilter: World, proxier: World) -> Self {
         let map = proxier.map();
@@ -71,29 +99,7 @@ impl Stage {
             let case = Case { script, step, side, frames: &frames, cast: &cast, known: &progress.known };
             judge(&case, &netfilter, &proxier, &mut self.tally)
                 .map_err(|difference| difference.at(index, step))?;
-            match (step, side) {
-                (Step::Request(_), _) => {
-                    let translated = frames.iter().map(ip_of).filter(|ip| model::is_understood(ip));
-                    let conversations = translated.filter_map(|ip| model::conversation(ip, Side::Client));
-                    progress.known.extend(conversations);
-                    // What netfilter has not let through it knows nothing of, and takes an answer for a conversation of the
-                    // pod's own.
-                    let is_known = !netfilter.pod.is_empty();
-                    if let Some(ip) = first_of(&proxier.pod).filter(|_| is_known) {
-                        // Nor of a connection that has been reset, by the client before there was an answer.
-                        let is_over = progress.at_client.is_none() && has_reset(&netfilter.pod);
-                        progress.at_pod = Some(ip).filter(|_| !is_over);
-                    }
-                }
-                (Step::Reply(_), _) => {
-                    let is_known = !netfilter.client.is_empty();
-                    if let Some(ip) = first_of(&proxier.client).filter(|_| is_known) {
-                        progress.at_pod = progress.at_pod.filter(|_| !has_reset(&netfilter.client));
-                        progress.at_client = Some(ip);
-                    }
-                }
-                _ => {}
-            }
+            progress.note(step, &frames, &netfilter, &proxier);
         }
         Ok(())
     }
@@ -189,7 +195,7 @@ fn first_of(frames: &[Frame]) -> Option<Vec<u8>> {
 }
 
 fn has_reset(frames: &[Frame]) -> bool {
-    reassembled(frames.to_vec()).iter().map(ip_of).any(|ip| {
+    reassembled(frames.iter().map(model::bare).collect()).iter().map(ip_of).any(|ip| {
         let tcp = Located::of(ip).filter(|located| located.protocol == protocol::TCP);
         let flags = tcp.and_then(|located| ip.get(located.transport + 13));
         flags.is_some_and(|flags| flags & 0x04 != 0)
