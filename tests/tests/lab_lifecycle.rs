@@ -260,6 +260,57 @@ fn cleanup_leaves_nothing_of_clsact() {
     cleanup_leaves_nothing("clsact");
 }
 
+/// Lets what the last agent pinned look like another version's.
+fn make_pins_of_another_version(scenario: &Scenario) {
+    let pin_path = scenario.lab.pin_path();
+    let ours = pin_path.join(format!("v{}", proxier_common::SCHEMA));
+    std::fs::rename(&ours, pin_path.join("v1")).unwrap();
+}
+
+#[test]
+fn programs_of_another_version_are_replaced_without_a_gap() {
+    skip_unless_root!();
+    let mut scenario = Scenario::start(&LabSpec::unique(), &["--attach", "tcx"]);
+    let attached = |scenario: &Scenario| tcx_programs(&scenario.lab.node.namespace, UPLINK).unwrap();
+    let [v4, v6] = externals();
+    let (sent, lost) = lost_during(&mut scenario, v4, |scenario| {
+        scenario.stop_agent();
+        make_pins_of_another_version(scenario);
+        scenario.write("service.yaml", &proxier_tests::manifests::service("web", &[v4]));
+        assert_eq!(attached(scenario), 2);
+        scenario.start_agent();
+    });
+    assert!(sent > 100, "only {sent} datagrams were sent");
+    assert!(lost.is_empty(), "{} of {sent} datagrams were lost: {lost:?}", lost.len());
+    // The kernel frees a link that nobody holds any more in its own time.
+    let replaced = wait::until(PATIENCE, || (attached(&scenario) == 2).then_some(()));
+    assert!(replaced.is_some(), "{} programs are attached", attached(&scenario));
+    scenario.wait_for_silence(v6);
+    let left = scenario.lab.pin_path().join("v1");
+    assert!(!left.exists(), "{} is still there", left.display());
+    let log = scenario.agent().log();
+    assert_eq!(log.matches("programs of another version (v1) are detached").count(), 1, "{log}");
+}
+
+#[test]
+fn cleanup_takes_off_every_version_and_commands_say_whose_maps_there_are() {
+    skip_unless_root!();
+    let mut scenario = Scenario::start(&LabSpec::unique(), &["--attach", "tcx"]);
+    scenario.kill_agent();
+    make_pins_of_another_version(&scenario);
+    let get = scenario.proxier(&["get", "services"]);
+    let said = String::from_utf8_lossy(&get.stderr).into_owned();
+    assert!(!get.status.success() && said.contains("another version's (v1)"), "{said}");
+
+    let output = scenario.proxier(&["cleanup"]);
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success() && said.contains("/v1/links/request-"), "{output:?}");
+    assert!(!scenario.lab.pin_path().exists(), "{} is still there", scenario.lab.pin_path().display());
+    let attached = || tcx_programs(&scenario.lab.node.namespace, UPLINK).unwrap();
+    let detached = wait::until(PATIENCE, || (attached() == 0).then_some(()));
+    assert!(detached.is_some(), "{} programs are attached", attached());
+}
+
 #[test]
 fn other_programs_on_the_hook_still_decide() {
     skip_unless_root!();

@@ -81,7 +81,7 @@ impl Place {
     const fn pin_prefix(self) -> &'static str {
         match self {
             Self::Egress => "reply-",
-            Self::Ingress => "request-",
+            Self::Ingress => REQUEST_PREFIX,
         }
     }
 
@@ -124,9 +124,14 @@ impl Method {
 const FILTER_PRIORITY: u16 = 1;
 const FILTER_HANDLE: TcHandle = TcHandle::new(0, 0x7078);
 
+/// What the directory of the pinned links is called, in every version of proxier.
+pub(super) const LINKS: &str = "links";
+/// What the name of a pinned link to a program for requests begins with, in every version of proxier.
+pub(super) const REQUEST_PREFIX: &str = "request-";
+
 /// The directory that holds the pinned links.
 pub(super) fn directory(pin_path: &Path) -> PathBuf {
-    tables::directory(pin_path).join("links")
+    tables::directory(pin_path).join(LINKS)
 }
 
 /// Puts the programs of `ebpf` in both places of `interface`. Where they are already, they are put there again.

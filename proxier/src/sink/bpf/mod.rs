@@ -21,6 +21,7 @@ use self::{
     expiry::Expiry,
     tables::Tables,
     uplinks::{Interface, View},
+    versions::Version,
 };
 use super::{Sink, Snapshot};
 use crate::{
@@ -39,6 +40,7 @@ mod preflight;
 mod scan;
 mod tables;
 mod uplinks;
+mod versions;
 
 /// Where the maps and links are pinned unless told otherwise.
 pub const DEFAULT_PIN_PATH: &str = "/sys/fs/bpf/proxier";
@@ -97,6 +99,8 @@ pub struct BpfSink {
     without_uplink: bool,
     without_forwarding: BTreeSet<Family>,
     pins_lost: bool,
+    /// Versions of proxier whose programs may be attached beside ours.
+    others: Vec<Version>,
     /// Held as long as the agent is at work on the pins.
     _lock: File,
 }
@@ -134,6 +138,7 @@ impl BpfSink {
         let events = Events::start(&pin_path)?;
         let named = uplinks.into_iter().collect();
         let view = task::block_in_place(|| Handle::current().block_on(uplinks::watch(named)))?;
+        let others = versions::others(&pin_path);
         let mut sink = Self {
             pin_path,
             method,
@@ -152,6 +157,7 @@ impl BpfSink {
             without_uplink: false,
             without_forwarding: BTreeSet::new(),
             pins_lost: false,
+            others,
             _lock: lock,
         };
         let view = sink.view.borrow_and_update().clone();
@@ -270,6 +276,27 @@ impl BpfSink {
         self.without_forwarding = without;
     }
 
+    /// Takes off what another version of proxier has attached: it would go on delivering what this one withdraws.
+    ///
+    /// Not before this version's tables are filled for the first time. Its programs are first in line, so from then on they
+    /// take every request; until then, those of the other version do. There is no moment without.
+    fn detach_others(&mut self) {
+        for version in self.others.drain(..) {
+            let name = version.name();
+            // Its filters, if it had any instead of links, have been replaced in place or are taken off like our own.
+            match version.detach().and_then(|_| version.remove()) {
+                Ok(_) => tracing::info!(
+                    "programs of another version ({name}) are detached; conversations that they carried end"
+                ),
+                Err(error) => tracing::warn!(
+                    "programs of another version ({name}) may go on delivering what is withdrawn: {error:#}; run \
+                     `rm -r {}`",
+                    version.directory().display()
+                ),
+            }
+        }
+    }
+
     fn let_go(&mut self, view: &View) {
         let wanted: BTreeSet<u32> =
             self.wanted(view).into_iter().map(|(interface, _)| interface.index).collect();
@@ -316,6 +343,8 @@ impl Sink for BpfSink {
                 }
             }
         }
+        // Also if some of it failed: the rest is in force, and what is withdrawn must end.
+        self.detach_others();
         self.sweep_due = !failures.is_empty();
         if failures.is_empty() {
             return Ok(());
@@ -397,7 +426,8 @@ fn load(pin_path: &Path, local_clients: bool) -> anyhow::Result<Ebpf> {
     Ok(ebpf)
 }
 
-/// Detaches the programs and removes every pin below `pin_path`. Returns what was removed, a line each.
+/// Detaches the programs and removes every pin below `pin_path`, those of other versions of proxier too. Returns what was
+/// removed, a line each.
 ///
 /// # Errors
 ///
@@ -405,33 +435,23 @@ fn load(pin_path: &Path, local_clients: bool) -> anyhow::Result<Ebpf> {
 pub fn cleanup(pin_path: &Path) -> anyhow::Result<Vec<String>> {
     preflight::check(pin_path)?;
     let _lock = if pin_path.exists() { Some(lock(pin_path)?) } else { None };
+    let versions = versions::all(pin_path)?;
     let mut removed = Vec::new();
-    for index in attach::pinned(pin_path) {
-        removed.extend(attach::unpin(pin_path, index)?);
+    for version in &versions {
+        removed.extend(version.detach()?);
     }
     for interface in &nix::net::if_::if_nameindex().context("interfaces cannot be listed")? {
         let name = interface.name().to_string_lossy();
         removed.extend(attach::detach_clsact(&name)?);
     }
-    for (map, pin) in tables::pins(pin_path) {
-        match fs::remove_file(&pin) {
-            Ok(()) => removed.push(format!("map {map}")),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error).with_context(|| format!("{} cannot be removed", pin.display())),
-        }
+    for version in &versions {
+        removed.extend(version.remove()?);
     }
-    for directory in [attach::directory(pin_path), tables::directory(pin_path), pin_path.to_owned()] {
-        match fs::remove_dir(&directory) {
-            Ok(()) => removed.push(format!("directory {}", directory.display())),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            // A mount point, or somebody else's files in it: not ours to remove.
-            Err(error) if directory == pin_path => {
-                tracing::debug!("{} stays: {error}", directory.display());
-            }
-            Err(error) => {
-                return Err(error).with_context(|| format!("{} cannot be removed", directory.display()));
-            }
-        }
+    match fs::remove_dir(pin_path) {
+        Ok(()) => removed.push(format!("directory {}", pin_path.display())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        // A mount point, or somebody else's files in it: not ours to remove.
+        Err(error) => tracing::debug!("{} stays: {error}", pin_path.display()),
     }
     Ok(removed)
 }

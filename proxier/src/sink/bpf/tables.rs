@@ -27,7 +27,10 @@ use proxier_common::{
 };
 use thiserror::Error;
 
-use super::scan;
+use super::{
+    scan,
+    versions::{self, Version},
+};
 use crate::delta::{Actual, SourceRange, Step};
 
 /// What can go wrong with a map.
@@ -35,14 +38,17 @@ use crate::delta::{Actual, SourceRange, Step};
 pub(super) enum TableError {
     /// There is no such pin.
     #[error(
-        "there is no map `{map}` at {}: is `proxier ... to-bpf` running on this node, with this --pin-path?",
-        path.display()
+        "there is no map `{map}` at {}: is `proxier ... to-bpf` running on this node, with this --pin-path?{}",
+        path.display(),
+        beside(others)
     )]
     Missing {
         /// The map's name.
         map: &'static str,
         /// Where it was looked for.
         path: PathBuf,
+        /// Versions of proxier whose maps are there.
+        others: Vec<String>,
     },
     /// The pin cannot be opened.
     #[error("the map pinned at {} cannot be opened", path.display())]
@@ -90,6 +96,14 @@ pub(super) enum TableError {
         /// Why.
         source: MapError,
     },
+}
+
+/// What else there is, as the rest of a sentence.
+fn beside(others: &[String]) -> String {
+    if others.is_empty() {
+        return String::new();
+    }
+    format!(" What is there is another version's ({}): ask a proxier of that version", others.join(", "))
 }
 
 /// Name and shape of a map, to be held against what is pinned: the kernel hands out whatever is at the path.
@@ -147,7 +161,7 @@ const ALL: [Shape; 13] = [
 
 /// The directory that holds the maps of this version's ABI.
 pub(super) fn directory(pin_path: &Path) -> PathBuf {
-    pin_path.join(format!("v{SCHEMA}"))
+    pin_path.join(versions::name(SCHEMA))
 }
 
 /// Names of all maps, and where each is pinned.
@@ -174,7 +188,8 @@ pub(super) fn check_pinned(pin_path: &Path) -> Result<(), TableError> {
 fn open_pinned(pin_path: &Path, shape: Shape) -> Result<MapData, TableError> {
     let path = directory(pin_path).join(shape.name);
     if !path.exists() {
-        return Err(TableError::Missing { map: shape.name, path });
+        let others = versions::others(pin_path).iter().map(Version::name).collect();
+        return Err(TableError::Missing { map: shape.name, path, others });
     }
     let map = MapData::from_pin(&path).map_err(|source| TableError::Open { path: path.clone(), source })?;
     let info = map.info().map_err(|source| TableError::Open { path: path.clone(), source })?;
