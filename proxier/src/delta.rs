@@ -10,7 +10,7 @@
 //! 1. external addresses that nobody is to have are withdrawn, and the Service's name, its pods and their own addresses
 //!    noted: what a pod sends is a reply only while `pods` has it;
 //! 2. the next generation of `backends` is written beside the one in force;
-//! 3. so is the next generation of `sources`, should the source ranges have changed;
+//! 3. so is the next generation of `sources`, should the source ranges have changed, and fit;
 //! 4. `members` is brought up to date: a session is checked against it only once its generation has passed;
 //! 5. one write of `services` per address switches to the new generations.
 //!
@@ -24,9 +24,9 @@ use std::{
 };
 
 use proxier_common::{
-    Address, BackendKey, BackendValue, ExternalKey, MEMBER_DRAINING, MemberKey, MemberValue, NameValue,
-    PodKey, PodValue, SERVICE_BALANCE_FLOW, SERVICE_IS_NODE, SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND,
-    ServiceValue,
+    Address, BackendKey, BackendValue, ExternalKey, MAX_SOURCES, MEMBER_DRAINING, MemberKey, MemberValue,
+    NameValue, PodKey, PodValue, SERVICE_BALANCE_FLOW, SERVICE_IS_NODE, SERVICE_IS_POD,
+    SERVICE_PASS_WITHOUT_BACKEND, ServiceValue,
 };
 
 use crate::desired::{Balance, Desired, DesiredService, NoBackend, ServiceKey};
@@ -41,7 +41,7 @@ use self::{
 };
 pub use self::{
     names::{decode_name, encode_name},
-    sources::SourceRange,
+    sources::{Shortage, SourceRange},
 };
 
 /// The tables that only user space writes, as they are.
@@ -121,6 +121,8 @@ pub struct Plan<'a> {
     node: BTreeSet<ExternalKey>,
     /// All that can lead to each pod before, between and after the steps.
     leads: BTreeMap<Address, Leads>,
+    /// How many source ranges fit the tables.
+    room_for_sources: usize,
     tasks: Vec<Task>,
 }
 
@@ -292,7 +294,8 @@ impl<'a> Plan<'a> {
         for (id, (_, service)) in &wanted {
             paths.add(*id, service);
         }
-        Self { wanted, owned, node, leads: paths.leads(), tasks }
+        let room_for_sources = MAX_SOURCES as usize;
+        Self { wanted, owned, node, leads: paths.leads(), room_for_sources, tasks }
     }
 
     /// What to do, in this order.
@@ -324,6 +327,15 @@ impl<'a> Plan<'a> {
                 [Step::Sweep].into_iter().chain(free.map(Step::RemoveName)).collect()
             }
         }
+    }
+
+    /// What of `task` its steps leave out for want of room, given what the tables hold before them. It may fit once another
+    /// task has made room: to be tried again.
+    #[must_use]
+    pub fn shortage(&self, task: Task, actual: &Actual) -> Option<Shortage> {
+        let Task::Update(id) = task else { return None };
+        let (_, service) = self.wanted.get(&id)?;
+        sources::next(id, service.sources.as_ref(), self.room_for_sources, actual).shortage
     }
 
     /// The steps that make Service `id` as desired.
@@ -370,7 +382,8 @@ impl<'a> Plan<'a> {
                 Step::PutBackend(BackendKey { service_id: id, generation, slot }, BackendValue { pod })
             }));
         }
-        let (source_generation, unwritten) = sources::generation_for(id, service.sources.as_ref(), actual);
+        let sources::Next { generation: source_generation, unwritten, .. } =
+            sources::next(id, service.sources.as_ref(), self.room_for_sources, actual);
         steps.extend(unwritten.into_iter().map(Step::PutSource));
         let member_key = |pod: &Address| MemberKey { pod: *pod, service_id: id, padding: 0 };
         for (pod, flags) in &wanted {

@@ -45,6 +45,12 @@ fn balanced(value: &str) -> String {
     manifests::service(SERVICE, &externals()).replacen("metadata:\n", &annotation, 1)
 }
 
+/// More networks than the kernel's table has room for, none of which has a client.
+fn too_many_ranges() -> Vec<String> {
+    let nets = (0..70_000_u32).map(|n| format!("10.{}.{}.{}/31", n >> 15, n >> 7 & 0xff, n << 1 & 0xff));
+    nets.chain([ALL[1].to_owned()]).collect()
+}
+
 /// Waits until the kernel has a Service's every address with `expected` in the column `field`.
 fn wait_for_services(scenario: &Scenario, field: &str, expected: impl Fn(IpAddr) -> serde_json::Value) {
     let in_force = wait::until(EDIT_TAKES_EFFECT_WITHIN, || {
@@ -88,6 +94,38 @@ fn three_pods() -> LabSpec {
     let addresses = ["11.0.2.4".parse().unwrap(), "1100::204".parse().unwrap()];
     spec.pods.push(PodSpec { name: "alpine-3".to_owned(), addresses: addresses.to_vec() });
     spec
+}
+
+#[test]
+fn ranges_that_do_not_fit_leave_the_former_ones_and_do_not_hold_up_the_pods() {
+    skip_unless_root!();
+    let mut scenario = Scenario::prepare(&LabSpec::unique().with_clients(4), &[]);
+    scenario.write("service.yaml", &only_from(&FIRST_TWO));
+    scenario.start_agent();
+    let [v4, _] = externals();
+    let clients = clients(&scenario, v4);
+    let ranges = too_many_ranges();
+    scenario.write("service.yaml", &only_from(&ranges.iter().map(String::as_str).collect::<Vec<_>>()));
+    let said = scenario.agent().wait_for_log(PATIENCE, |log| {
+        log.contains(
+            "Service lab/web (IPv4): 70000 source ranges do not fit (the map `sources` has room for 65536",
+        )
+    });
+    said.unwrap();
+    // Those of the other family do fit.
+    wait_for_services(&scenario, "sources", |external| {
+        [if external.is_ipv4() { FIRST_TWO[0] } else { ALL[1] }].into()
+    });
+    let name = scenario.lab.pods[0].host.name.clone();
+    scenario.write_pods(&scenario.pod(&name));
+    let known = wait::until(PATIENCE, || (scenario.get("endpoints").len() == 2).then_some(()));
+    assert!(known.is_some(), "{:?}", scenario.get("endpoints"));
+    let question = scenario.question(Protocol::Udp, 42000, v4, 5060);
+    assert_eq!(scenario.ask(&question.from(clients[0])).pods(), [name.as_str()]);
+    assert_silent(&scenario, &question.from(clients[2]));
+    // Mended, without a restart.
+    restrict(&scenario, ALL);
+    let _ = scenario.ask(&question.from(clients[2]));
 }
 
 #[test]

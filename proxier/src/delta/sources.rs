@@ -3,9 +3,12 @@
 //! The ranges of a Service are written under the number of a new generation, which one write of `services` puts in force:
 //! at no moment do some of them count and others not. A generation without entries permits nobody; 0 stands for everybody
 //! and never has any.
+//!
+//! Should they not all fit, none of them is written and those in force stay: a Service's pods must not wait for that.
 
 use std::{
     collections::BTreeSet,
+    fmt,
     net::{IpAddr, Ipv6Addr},
 };
 
@@ -57,14 +60,66 @@ pub(super) fn in_force(service: &ServiceValue, actual: &Actual) -> Option<BTreeS
     (source_generation != EVERYBODY).then(|| ranges().filter_map(SourceRange::net).collect())
 }
 
-/// The generation to be in force for Service `id`, and those of its ranges that have yet to be written.
-pub(super) fn generation_for(
-    id: u32,
-    wanted: Option<&BTreeSet<IpNet>>,
-    actual: &Actual,
-) -> (u32, Vec<SourceRange>) {
+/// What is to become of a Service's source ranges.
+#[derive(Debug)]
+pub(super) struct Next {
+    /// The generation to be in force.
+    pub(super) generation: u32,
+    /// Those of its ranges that have yet to be written.
+    pub(super) unwritten: Vec<SourceRange>,
+    /// Set if it is not the one that is asked for.
+    pub(super) shortage: Option<Shortage>,
+}
+
+impl Next {
+    const fn written(generation: u32) -> Self {
+        Self { generation, unwritten: Vec::new(), shortage: None }
+    }
+}
+
+/// Source ranges that do not fit. Half of them would cut off clients at random, so none is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shortage {
+    ranges: usize,
+    free: usize,
+    room: usize,
+    admitted: Admitted,
+}
+
+/// Who may send for want of room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Admitted {
+    /// Whom the former ranges admit.
+    AsBefore,
+    /// Everybody: there were no ranges.
+    Everybody,
+    /// Nobody: the Service is new here.
+    Nobody,
+}
+
+impl fmt::Display for Shortage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { ranges, free, room, admitted } = self;
+        let meanwhile = match admitted {
+            Admitted::AsBefore => {
+                "the former ones stay in force, so whoever was to be cut off is still admitted"
+            }
+            Admitted::Everybody => "everybody is still admitted",
+            Admitted::Nobody => "nobody is admitted",
+        };
+        write!(
+            f,
+            "{ranges} source ranges do not fit (the map `sources` has room for {room} on this node, {free} free): \
+             {meanwhile}; its pods are up to date; write fewer, larger networks (those in force count until they are \
+             replaced)"
+        )
+    }
+}
+
+/// What is to become of the ranges of Service `id`, where `room` of all Services fit.
+pub(super) fn next(id: u32, wanted: Option<&BTreeSet<IpNet>>, room: usize, actual: &Actual) -> Next {
     let Some(wanted) = wanted else {
-        return (EVERYBODY, Vec::new());
+        return Next::written(EVERYBODY);
     };
     let ranges = |generation| -> BTreeSet<SourceRange> {
         wanted.iter().map(|net| SourceRange::new(id, generation, *net)).collect()
@@ -76,12 +131,24 @@ pub(super) fn generation_for(
         && *generation != EVERYBODY
         && of_generation(id, *generation, actual).eq(&ranges(*generation))
     {
-        return (*generation, Vec::new());
+        return Next::written(*generation);
     }
     let written = of_service(id, actual).map(|range| range.key.generation);
-    let last = in_force.into_iter().chain(written).max().unwrap_or(EVERYBODY);
+    let last = in_force.iter().copied().chain(written).max().unwrap_or(EVERYBODY);
     let generation = last.checked_add(1).unwrap_or(EVERYBODY + 1);
-    (generation, ranges(generation).into_iter().collect())
+    let free = room.saturating_sub(actual.sources.len());
+    if wanted.len() <= free {
+        return Next { generation, unwritten: ranges(generation).into_iter().collect(), shortage: None };
+    }
+    // Of several in force, one that admits some rather than everybody.
+    let (generation, admitted) = match in_force.last() {
+        Some(&EVERYBODY) => (EVERYBODY, Admitted::Everybody),
+        Some(former) if of_generation(id, *former, actual).next().is_some() => (*former, Admitted::AsBefore),
+        Some(former) => (*former, Admitted::Nobody),
+        None => (generation, Admitted::Nobody),
+    };
+    let shortage = Shortage { ranges: wanted.len(), free, room, admitted };
+    Next { generation, unwritten: Vec::new(), shortage: Some(shortage) }
 }
 
 /// Every range of Service `id`, of any generation.

@@ -331,7 +331,11 @@ impl Sink for BpfSink {
         self.look_after_forwarding(snapshot.desired);
         let plan = Plan::new(snapshot.desired, &self.actual, self.sweep_due);
         let mut failures = Vec::new();
+        let mut shortages = Vec::new();
         for task in plan.tasks() {
+            if let Some(shortage) = plan.shortage(*task, &self.actual) {
+                shortages.push(format!("{}: {shortage}", plan.subject(*task, &self.actual)));
+            }
             for step in plan.steps(*task, &self.actual) {
                 match self.tables.execute(&step, &self.actual) {
                     Ok(()) => self.actual.apply(&step),
@@ -346,11 +350,14 @@ impl Sink for BpfSink {
         // Also if some of it failed: the rest is in force, and what is withdrawn must end.
         self.detach_others();
         self.sweep_due = !failures.is_empty();
+        if !failures.is_empty() {
+            // What was half done is made good by the next plan, which starts from what is really there.
+            self.actual = self.tables.read()?;
+        }
+        failures.append(&mut shortages);
         if failures.is_empty() {
             return Ok(());
         }
-        // What was half done is made good by the next plan, which starts from what is really there.
-        self.actual = self.tables.read()?;
         bail!("{}; everything else is in force", failures.join("; "))
     }
 
