@@ -1,6 +1,8 @@
 //! What changed for a Service, as a line in the log: on transitions only.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{collections::BTreeSet, fmt::Display};
+
+use ipnet::IpNet;
 
 use crate::desired::{Desired, DesiredService, NoBackend, ServiceKey};
 
@@ -79,21 +81,36 @@ fn line(key: &ServiceKey, service: &DesiredService, message: &str) {
         family = %key.family,
         externals = list(&service.externals),
         pods = list(&service.pods),
+        draining = list(&service.draining),
+        sources = sources(service.sources.as_ref()),
+        balance = service.balance.name(),
+        affinity_timeout = service.affinity_timeout,
         "{message}"
     );
 }
 
-fn list(addresses: &BTreeSet<IpAddr>) -> String {
-    let mut text =
-        addresses.iter().take(MAX_ADDRESSES).map(ToString::to_string).collect::<Vec<_>>().join(",");
-    if addresses.len() > MAX_ADDRESSES {
-        text += &format!(" and {} more", addresses.len() - MAX_ADDRESSES);
+/// Addresses or networks.
+fn list<T: Display>(items: &BTreeSet<T>) -> String {
+    let mut text = items.iter().take(MAX_ADDRESSES).map(ToString::to_string).collect::<Vec<_>>().join(",");
+    if items.len() > MAX_ADDRESSES {
+        text += &format!(" and {} more", items.len() - MAX_ADDRESSES);
     }
     text
 }
 
+/// Who may send, in the words of `proxier get services`.
+fn sources(nets: Option<&BTreeSet<IpNet>>) -> String {
+    match nets {
+        None => "any".to_owned(),
+        Some(nets) if nets.is_empty() => "none".to_owned(),
+        Some(nets) => list(nets),
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use super::*;
     use crate::{
         desired::Balance,
@@ -141,6 +158,14 @@ mod tests {
         assert_eq!(list(&addresses(2)), "11.0.0.1,11.0.0.2");
         assert!(list(&addresses(10)).ends_with(",11.0.0.10"));
         assert!(list(&addresses(250)).ends_with(",11.0.0.10 and 240 more"));
+    }
+
+    #[test]
+    fn who_may_send_is_told_as_by_the_commands() {
+        let nets = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<BTreeSet<_>>();
+        assert_eq!(sources(None), "any");
+        assert_eq!(sources(Some(&nets(&[]))), "none");
+        assert_eq!(sources(Some(&nets(&["192.0.2.0/24", "10.0.0.0/8"]))), "10.0.0.0/8,192.0.2.0/24");
     }
 
     #[test]
