@@ -28,12 +28,23 @@ pub(super) fn sources(
             warning(
                 service,
                 &format!("names no {family} network: nobody may send to the external {family} addresses"),
-                &format!("add one, or take the {family} addresses away"),
+                &format!(
+                    "add one ({} for everybody), or take the {family} addresses away",
+                    everybody(family)
+                ),
             )
-            .in_field("spec.loadBalancerSourceRanges", ""),
+            .in_whole_field("spec.loadBalancerSourceRanges"),
         );
     }
     Some(ranges)
+}
+
+/// The network that all addresses of a family are in.
+const fn everybody(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "0.0.0.0/0",
+        Family::V6 => "::/0",
+    }
 }
 
 /// What stays on one pod.

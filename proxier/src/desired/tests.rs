@@ -164,7 +164,7 @@ fn a_family_without_source_ranges_is_closed_if_the_other_has_some_and_so_are_bot
         problems,
         [
             "Service default/web: spec.loadBalancerSourceRanges names no IPv6 network: nobody may send to the external \
-             IPv6 addresses; add one, or take the IPv6 addresses away"
+             IPv6 addresses; add one (::/0 for everybody), or take the IPv6 addresses away"
         ]
     );
     let (sources, problems) = sources_of(&["oops"]);

@@ -60,8 +60,8 @@ pub struct Problem {
     pub subject: Subject,
     /// The field's path within the object (`spec.externalIPs[1]`); empty if it is about the whole.
     pub field: String,
-    /// The field's value; empty if that says nothing.
-    pub value: String,
+    /// The field's value; none if that says nothing. An empty one is a value too.
+    pub value: Option<String>,
     /// What is wrong; continues a sentence that began with the field and its value.
     pub reason: String,
     /// What to do about it.
@@ -83,7 +83,7 @@ impl Problem {
             severity,
             subject,
             field: String::new(),
-            value: String::new(),
+            value: None,
             reason: reason.into(),
             next_step: next_step.into(),
             place: None,
@@ -93,8 +93,14 @@ impl Problem {
     /// The same, about one field.
     #[must_use]
     pub fn in_field(mut self, field: impl Into<String>, value: impl Into<String>) -> Self {
+        self.value = Some(value.into());
+        self.in_whole_field(field)
+    }
+
+    /// The same, about a field whose value says nothing: it is missing, or a list of which all is meant.
+    #[must_use]
+    pub fn in_whole_field(mut self, field: impl Into<String>) -> Self {
         self.field = field.into();
-        self.value = value.into();
         self
     }
 
@@ -116,8 +122,8 @@ impl fmt::Display for Problem {
         if !self.field.is_empty() {
             write!(f, "{} ", self.field)?;
         }
-        if !self.value.is_empty() {
-            write!(f, "{:?} ", self.value)?;
+        if let Some(value) = &self.value {
+            write!(f, "{value:?} ")?;
         }
         write!(f, "{}; {}", self.reason, self.next_step)
     }
@@ -143,6 +149,18 @@ mod tests {
             problem.to_string(),
             "a/web.yaml:3:1: Service default/web: spec.externalIPs[1] \"10.0.0.555\" is not an IP address; write one"
         );
+    }
+
+    #[test]
+    fn an_empty_value_is_shown_and_no_value_is_not() {
+        let problem = || {
+            let subject = Subject::File(PathBuf::from("a.yaml"));
+            Problem::new(Severity::Warning, subject, "is no address", "write one")
+        };
+        let text = problem().in_field("spec.externalIPs[0]", "").to_string();
+        assert_eq!(text, "a.yaml: spec.externalIPs[0] \"\" is no address; write one");
+        let text = problem().in_whole_field("spec.externalIPs").to_string();
+        assert_eq!(text, "a.yaml: spec.externalIPs is no address; write one");
     }
 
     #[test]

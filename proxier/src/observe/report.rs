@@ -1,13 +1,52 @@
-//! Which problems are new and which are solved: a log line each, once, however often the same is found again.
+//! Which problems are new and which are solved: a log line each, once, however often the same is found again. Of one field of
+//! an object only the first few: a list of five thousand mistakes is one mistake of whoever made the list.
 
-use std::collections::BTreeSet;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Display,
+};
 
 use crate::model::{Problem, Severity, Subject};
+
+/// Most problems with the items of one field that are told at a time. As these are solved, others take their place.
+const MAX_OF_FIELD: usize = 5;
 
 /// What is known to be wrong.
 #[derive(Debug, Default)]
 pub struct Report {
-    known: BTreeSet<Problem>,
+    /// What has been told.
+    told: BTreeSet<Problem>,
+    /// How many have been said to be there beside those told.
+    more: BTreeMap<Field, usize>,
+    /// What had problems, told or not.
+    wrong: BTreeSet<Subject>,
+}
+
+/// A field of an object, whichever of its items.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Field {
+    severity: Severity,
+    subject: Subject,
+    /// Its path, without the numbers of items.
+    path: String,
+}
+
+impl Field {
+    fn of(problem: &Problem) -> Self {
+        let Problem { severity, subject, field, .. } = problem;
+        Self { severity: *severity, subject: subject.clone(), path: without_indices(field) }
+    }
+}
+
+/// `spec.ports[].port` for `spec.ports[3].port`. What else is in brackets (an annotation's name) stays.
+fn without_indices(path: &str) -> String {
+    let mut parts = path.split('[');
+    let mut text = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        text.push('[');
+        text.push_str(part.trim_start_matches(|c: char| c.is_ascii_digit()));
+    }
+    text
 }
 
 /// Something worth a line in the log.
@@ -15,6 +54,8 @@ pub struct Report {
 pub enum Transition {
     /// A problem that was not there before.
     Appeared(Problem),
+    /// So many more of a field than are told.
+    More(Field, usize),
     /// Something that had problems has none now.
     Solved(Subject),
 }
@@ -22,15 +63,33 @@ pub enum Transition {
 impl Report {
     /// Compares all problems that there are now with those that there were.
     pub fn update(&mut self, current: impl IntoIterator<Item = Problem>) -> Vec<Transition> {
-        let current: BTreeSet<Problem> = current.into_iter().collect();
-        let wrong = |problems: &BTreeSet<Problem>| -> BTreeSet<Subject> {
-            let matter = problems.iter().filter(|problem| problem.severity != Severity::Info);
-            matter.map(|problem| problem.subject.clone()).collect()
-        };
-        let (were, are) = (wrong(&self.known), wrong(&current));
-        let mut transitions: Vec<_> = were.difference(&are).cloned().map(Transition::Solved).collect();
-        transitions.extend(current.difference(&self.known).cloned().map(Transition::Appeared));
-        self.known = current;
+        let mut fields: BTreeMap<Field, BTreeSet<Problem>> = BTreeMap::new();
+        for problem in current {
+            fields.entry(Field::of(&problem)).or_default().insert(problem);
+        }
+        let matter = fields.keys().filter(|field| field.severity != Severity::Info);
+        let wrong: BTreeSet<Subject> = matter.map(|field| field.subject.clone()).collect();
+        let solved = self.wrong.difference(&wrong).cloned();
+        let mut transitions: Vec<_> = solved.map(Transition::Solved).collect();
+
+        let (mut told, mut more) = (BTreeSet::new(), BTreeMap::new());
+        for (field, problems) in fields {
+            let (known, mut new): (Vec<_>, Vec<_>) =
+                problems.into_iter().partition(|problem| self.told.contains(problem));
+            // Item 10 after item 9.
+            new.sort_by(|a, b| (a.field.len(), a).cmp(&(b.field.len(), b)));
+            let room = MAX_OF_FIELD.saturating_sub(known.len()).min(new.len());
+            let rest = new.split_off(room).len();
+            told.extend(known.into_iter().chain(new.iter().cloned()));
+            transitions.extend(new.into_iter().map(Transition::Appeared));
+            if rest > 0 {
+                if self.more.get(&field) != Some(&rest) {
+                    transitions.push(Transition::More(field.clone(), rest));
+                }
+                more.insert(field, rest);
+            }
+        }
+        *self = Self { told, more, wrong };
         transitions
     }
 }
@@ -39,14 +98,26 @@ impl Report {
 pub fn log(transitions: &[Transition], exists: impl Fn(&Subject) -> bool) {
     for transition in transitions {
         match transition {
-            Transition::Appeared(problem) => match problem.severity {
-                Severity::Error => tracing::error!("{problem}"),
-                Severity::Warning => tracing::warn!("{problem}"),
-                Severity::Info => tracing::info!("{problem}"),
-            },
+            Transition::Appeared(problem) => write(problem.severity, problem),
+            Transition::More(field, rest) => {
+                let Field { severity, subject, path } = field;
+                let of = if path.is_empty() { String::new() } else { format!(" of {path}") };
+                write(
+                    *severity,
+                    &format_args!("{subject}: ... and {rest} more{of}, told as those above are mended"),
+                );
+            }
             Transition::Solved(subject) if exists(subject) => tracing::info!("{subject}: now good again"),
             Transition::Solved(_) => {}
         }
+    }
+}
+
+fn write(severity: Severity, line: &dyn Display) {
+    match severity {
+        Severity::Error => tracing::error!("{line}"),
+        Severity::Warning => tracing::warn!("{line}"),
+        Severity::Info => tracing::info!("{line}"),
     }
 }
 
@@ -85,5 +156,61 @@ mod tests {
         let mut report = Report::default();
         report.update([problem("a.yaml", "has a Pod", Severity::Info)]);
         assert_eq!(report.update([]), []);
+    }
+
+    fn bad_range(index: usize) -> Problem {
+        let subject = Subject::File("a.yaml".into());
+        Problem::new(Severity::Warning, subject, "is not a network", "write one")
+            .in_field(format!("spec.loadBalancerSourceRanges[{index}]"), "x")
+    }
+
+    /// The items told, and how many more are said to be there.
+    fn told(transitions: &[Transition]) -> (Vec<Problem>, Vec<usize>) {
+        let (mut problems, mut rests) = (Vec::new(), Vec::new());
+        for transition in transitions {
+            match transition {
+                Transition::Appeared(problem) => problems.push(problem.clone()),
+                Transition::More(field, rest) => {
+                    assert_eq!(field.path, "spec.loadBalancerSourceRanges[]");
+                    rests.push(*rest);
+                }
+                Transition::Solved(subject) => panic!("{subject} is not solved"),
+            }
+        }
+        (problems, rests)
+    }
+
+    #[test]
+    fn of_a_long_list_the_first_few_are_told_and_the_others_as_these_are_mended() {
+        let mut report = Report::default();
+        let all = || (0..5_000).map(bad_range);
+        let first: Vec<_> = (0..5).map(bad_range).collect();
+        assert_eq!(told(&report.update(all())), (first, vec![4_995]));
+        assert_eq!(report.update(all()), []);
+        let next = vec![bad_range(5), bad_range(6)];
+        assert_eq!(told(&report.update(all().skip(2))), (next, vec![4_993]));
+        assert_eq!(told(&report.update((2..6).map(bad_range))), (vec![], vec![]));
+        assert_eq!(report.update([]), [Transition::Solved(bad_range(0).subject)]);
+    }
+
+    #[test]
+    fn another_field_and_another_object_are_told_beside_a_long_list() {
+        let mut report = Report::default();
+        let port = bad_range(0).in_field("spec.ports[3].port", "0");
+        let other = Problem { subject: Subject::File("b.yaml".into()), ..bad_range(0) };
+        let transitions = report.update((0..100).map(bad_range).chain([port.clone(), other.clone()]));
+        for problem in [port, other] {
+            assert!(transitions.contains(&Transition::Appeared(problem)), "{transitions:?}");
+        }
+    }
+
+    #[test]
+    fn only_numbers_of_items_are_left_out_of_a_fields_path() {
+        assert_eq!(without_indices("spec.ports[13].port"), "spec.ports[].port");
+        assert_eq!(
+            without_indices("metadata.annotations[proxier.io/balance]"),
+            "metadata.annotations[proxier.io/balance]"
+        );
+        assert_eq!(without_indices(""), "");
     }
 }

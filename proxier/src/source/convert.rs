@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, net::IpAddr};
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use k8s_openapi::{
     api::{
         core::v1::{self as core, ServiceSpec, ServiceStatus},
@@ -23,6 +23,9 @@ use crate::model::{
 pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 /// Takes a Service from kube-proxy and gives it to the proxy named.
 pub const SERVICE_PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
+
+/// Leading bits that all v4-mapped IPv6 addresses have in common.
+const V4_MAPPED_BITS: u8 = 96;
 
 /// The API server's limit for `sessionAffinityConfig.clientIP.timeoutSeconds`: a day.
 const MAX_AFFINITY_TIMEOUT_SECONDS: u32 = 86_400;
@@ -59,9 +62,18 @@ impl Reporter {
     }
 
     fn report(&mut self, field: impl Into<String>, value: impl Into<String>, reason: &str, next_step: &str) {
-        let subject = Subject::Object(self.id.clone());
-        self.problems
-            .push(Problem::new(Severity::Warning, subject, reason, next_step).in_field(field, value));
+        let problem = self.problem(reason, next_step).in_field(field, value);
+        self.problems.push(problem);
+    }
+
+    /// As [`Self::report`], of a field that is not there.
+    fn report_missing(&mut self, field: impl Into<String>, reason: &str, next_step: &str) {
+        let problem = self.problem(reason, next_step).in_whole_field(field);
+        self.problems.push(problem);
+    }
+
+    fn problem(&self, reason: &str, next_step: &str) -> Problem {
+        Problem::new(Severity::Warning, Subject::Object(self.id.clone()), reason, next_step)
     }
 
     fn address(&mut self, field: &str, value: &str) -> Option<IpAddr> {
@@ -152,7 +164,7 @@ fn service_name(metadata: &ObjectMeta) -> Result<ObjectName, Refused> {
         format!("is longer than {MAX_NAME} bytes, which the API server accepts of no Service: left out"),
         "write a shorter one",
     );
-    Err(Refused::Unsupported(Box::new(problem.in_field(field, ""))))
+    Err(Refused::Unsupported(Box::new(problem.in_whole_field(field))))
 }
 
 fn labels(metadata: &ObjectMeta) -> BTreeMap<String, String> {
@@ -326,25 +338,30 @@ fn source_ranges(ranges: &[String], report: &mut Reporter) -> Vec<IpNet> {
     let mut converted = Vec::new();
     for (index, range) in ranges.iter().enumerate() {
         // The API allows blanks around a range.
-        let reason = match range.trim().parse::<IpNet>().map(|net| net.trunc()) {
+        let (reason, next_step) = match range.trim().parse::<IpNet>().map(|net| net.trunc()) {
             // No packet has such a source, and the maps keep IPv4 like this.
             Ok(IpNet::V6(net)) if net.addr().to_ipv4_mapped().is_some() => {
-                "is an IPv4 network written as IPv6: it admits nobody"
+                ("is an IPv4 network written as IPv6: it admits nobody", as_ipv4(net))
             }
             Ok(net) => {
                 converted.push(net);
                 continue;
             }
-            Err(_) => "is not a network: it admits nobody",
+            Err(_) => ("is not a network: it admits nobody", None),
         };
-        report.report(
-            format!("spec.loadBalancerSourceRanges[{index}]"),
-            range,
-            reason,
-            "write address/length, such as 192.0.2.0/24 or 2001:db8::/32",
+        let next_step = next_step.map_or_else(
+            || "write address/length, such as 192.0.2.0/24 or 2001:db8::/32".to_owned(),
+            |net| format!("write {net}"),
         );
+        report.report(format!("spec.loadBalancerSourceRanges[{index}]"), range, reason, &next_step);
     }
     converted
+}
+
+/// The IPv4 network that is meant by an IPv6 one of v4-mapped addresses.
+fn as_ipv4(mapped: Ipv6Net) -> Option<Ipv4Net> {
+    let length = mapped.prefix_len().checked_sub(V4_MAPPED_BITS)?;
+    Ipv4Net::new(mapped.addr().to_ipv4_mapped()?, length).ok()
 }
 
 /// Converts an EndpointSlice.
@@ -360,9 +377,8 @@ pub fn endpoint_slice(slice: discovery::EndpointSlice) -> Result<Converted<Endpo
 
     let service = labels(&metadata).remove(SERVICE_NAME_LABEL).filter(|service| !service.is_empty());
     if service.is_none() {
-        report.report(
+        report.report_missing(
             format!("metadata.labels[{SERVICE_NAME_LABEL}]"),
-            "",
             "is missing: the slice belongs to no Service",
             "write the Service's name there",
         );

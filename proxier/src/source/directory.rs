@@ -246,7 +246,7 @@ impl Directory {
                 "is missing: the Service is left to kube-proxy",
                 "add the label if proxier is to take it over",
             )
-            .in_field(field, ""),
+            .in_whole_field(field),
             (Some(label), Some(wanted)) if label != wanted => Problem::new(
                 Severity::Info,
                 subject,

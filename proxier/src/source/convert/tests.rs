@@ -117,6 +117,20 @@ fn a_bad_address_costs_that_address_alone() {
 }
 
 #[test]
+fn an_ipv4_network_written_as_ipv6_is_told_its_right_spelling() {
+    for (range, expected) in [
+        ("::ffff:192.0.2.0/120", "; write 192.0.2.0/24"),
+        ("::ffff:192.0.2.7/128", "; write 192.0.2.7/32"),
+        ("::ffff:0.0.0.0/96", "; write 0.0.0.0/0"),
+    ] {
+        let spec = format!("metadata: {{name: web}}\nspec:\n  loadBalancerSourceRanges: ['{range}']\n");
+        let (service, problems) = service_of(&spec);
+        assert_eq!(service.source_ranges, []);
+        assert!(problems[0].ends_with(expected), "{problems:?}");
+    }
+}
+
+#[test]
 fn each_bad_item_is_reported_with_its_field_and_value() {
     for (spec, field, value) in [
         ("type: Headless", "spec.type", "Headless"),
@@ -129,6 +143,7 @@ fn each_bad_item_is_reported_with_its_field_and_value() {
         ("ports: [{port: 80, protocol: GRE}]", "spec.ports[0].protocol", "GRE"),
         ("ports: [{port: 80, targetPort: -1}]", "spec.ports[0].targetPort", "-1"),
         ("clusterIPs: [x]", "spec.clusterIPs[0]", "x"),
+        ("externalIPs: ['']", "spec.externalIPs[0]", ""),
         ("healthCheckNodePort: 99999", "spec.healthCheckNodePort", "99999"),
         ("loadBalancerSourceRanges: [192.0.2.1]", "spec.loadBalancerSourceRanges[0]", "192.0.2.1"),
         (
