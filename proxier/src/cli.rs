@@ -119,7 +119,8 @@ struct ToBpfArgs {
     /// How to attach to interfaces
     #[arg(long, env = "PROXIER_ATTACH", value_enum, default_value_t)]
     attach: AttachMode,
-    /// Leave alone what pods on this node send to external addresses, and their links
+    /// Leave alone what pods and processes of this node send to external addresses, and pods' links; set anew, it ends
+    /// such conversations
     #[arg(long, env = "PROXIER_NO_LOCAL_CLIENTS", value_parser = BoolishValueParser::new())]
     no_local_clients: bool,
     /// What to do with packets for a Service that has no pod on this node

@@ -201,6 +201,8 @@ fn what_was_dropped_while_no_agent_ran_is_told_by_the_next_one() {
     scenario.start_agent();
     let lines = first_lines(&mut scenario, "no-backend", 1);
     assert_eq!(lines[0]["source_port"], 42_001);
+    assert_eq!(lines[0]["message"], "packet dropped earlier", "{lines:#?}");
+    assert!(lines[0]["ago_seconds"].as_u64().unwrap() < 60, "{lines:#?}");
 }
 
 #[test]

@@ -7,7 +7,10 @@ use comfy_table::{Table, presets};
 use ipnet::IpNet;
 use serde::Serialize;
 
-use crate::sink::bpf::inspect::{DropRow, EndpointRow, FlowRow, ServiceRow, SessionRow, StatisticRow};
+use crate::{
+    desired::Balance,
+    sink::bpf::inspect::{DropRow, EndpointRow, FlowRow, ServiceRow, SessionRow, StatisticRow},
+};
 
 /// How rows are printed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -33,6 +36,11 @@ pub trait TableRow: Serialize {
     /// One cell a column.
     fn cells(&self) -> Vec<String>;
 
+    /// The same for [`Output::Wide`], which may tell in full what a terminal has no room for.
+    fn wide_cells(&self) -> Vec<String> {
+        self.cells()
+    }
+
     /// Whether the row says nothing to a person at a terminal: [`Output::Table`] leaves it out.
     fn says_nothing(&self) -> bool {
         false
@@ -50,21 +58,23 @@ pub fn render<R: TableRow>(rows: &[R], output: Output) -> anyhow::Result<String>
             Ok(serde_json::to_string_pretty(rows).context("cannot write the rows as JSON")? + "\n")
         }
         Output::Yaml => serde_saphyr::to_string(&rows).context("cannot write the rows as YAML"),
-        Output::Table => Ok(columns(rows.iter().filter(|row| !row.says_nothing()), R::COLUMNS.1)),
-        Output::Wide => Ok(columns(rows, R::COLUMNS.0.len())),
+        Output::Table => {
+            let rows = rows.iter().filter(|row| !row.says_nothing());
+            Ok(columns::<R>(rows.map(TableRow::cells), R::COLUMNS.1))
+        }
+        Output::Wide => Ok(columns::<R>(rows.iter().map(TableRow::wide_cells), R::COLUMNS.0.len())),
     }
 }
 
 /// Plain columns without borders, as kubectl prints them, so that awk and cut work.
-fn columns<'a, R: TableRow + 'a>(rows: impl IntoIterator<Item = &'a R>, count: usize) -> String {
-    let mut rows = rows.into_iter().peekable();
+fn columns<R: TableRow>(rows: impl Iterator<Item = Vec<String>>, count: usize) -> String {
+    let mut rows = rows.peekable();
     if rows.peek().is_none() {
         return format!("No {} found.\n", R::PLURAL);
     }
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_header(&R::COLUMNS.0[..count]);
-    for row in rows {
-        let mut cells = row.cells();
+    for mut cells in rows {
         cells.truncate(count);
         table.add_row(cells);
     }
@@ -88,16 +98,22 @@ fn socket(address: IpAddr, port: u16) -> String {
     }
 }
 
-/// Who may send. More networks than a line can hold are counted: programs read them all.
+/// Who may send, by number: nobody must have to look twice to see that a Service is closed.
+fn number_of_sources(nets: Option<&[IpNet]>) -> String {
+    match nets {
+        None => "any".to_owned(),
+        Some([]) => "none".to_owned(),
+        Some(nets) => nets.len().to_string(),
+    }
+}
+
+/// Who may send, by network, without blanks. More networks than a line can hold are counted: programs read them all.
 fn sources(nets: Option<&[IpNet]>) -> String {
     const SHOWN: usize = 5;
-    let Some(nets) = nets else { return "any".to_owned() };
-    if nets.is_empty() {
-        return "none".to_owned();
-    }
+    let Some(nets @ [_, ..]) = nets else { return number_of_sources(nets) };
     let mut text = nets.iter().take(SHOWN).map(ToString::to_string).collect::<Vec<_>>().join(",");
     if nets.len() > SHOWN {
-        text += &format!(",and {} more", nets.len() - SHOWN);
+        text += &format!(",+{}", nets.len() - SHOWN);
     }
     text
 }
@@ -113,8 +129,8 @@ fn dash_if_none(number: Option<u32>) -> String {
 impl TableRow for ServiceRow {
     const PLURAL: &'static str = "services";
     const COLUMNS: (&'static [&'static str], usize) = (
-        &["SERVICE", "EXTERNAL", "PODS", "NO-BACKEND", "BALANCE", "AFFINITY", "SOURCES", "ID", "GENERATION"],
-        5,
+        &["SERVICE", "EXTERNAL", "PODS", "NO-BACKEND", "BALANCE", "SOURCES", "AFFINITY", "ID", "GENERATION"],
+        6,
     );
 
     fn cells(&self) -> Vec<String> {
@@ -124,12 +140,28 @@ impl TableRow for ServiceRow {
             self.backends.to_string(),
             self.no_backend.to_owned(),
             self.balance.to_owned(),
-            format!("{}s", self.affinity_timeout),
-            sources(self.sources.as_deref()),
+            number_of_sources(self.sources.as_deref()),
+            // A client of a Service whose every conversation is placed by itself stays on no pod.
+            if self.balance == Balance::Flow.name() {
+                "-".to_owned()
+            } else {
+                format!("{}s", self.affinity_timeout)
+            },
             self.service_id.to_string(),
             self.generation.to_string(),
         ]
     }
+
+    fn wide_cells(&self) -> Vec<String> {
+        let mut cells = self.cells();
+        cells[Self::SOURCES] = sources(self.sources.as_deref());
+        cells
+    }
+}
+
+impl ServiceRow {
+    /// The column that tells who may send.
+    const SOURCES: usize = 5;
 }
 
 impl TableRow for EndpointRow {
@@ -232,20 +264,19 @@ mod tests {
     #[test]
     fn a_table_has_columns_without_borders() {
         insta::assert_snapshot!(render(&rows(), Output::Table).unwrap(), @r"
-        SERVICE                EXTERNAL    PODS   NO-BACKEND   BALANCE
-        default/kpng-example   10.0.0.55   2      drop         client
-        -                      1000::55    2      drop         flow
+        SERVICE                EXTERNAL    PODS   NO-BACKEND   BALANCE   SOURCES
+        default/kpng-example   10.0.0.55   2      drop         client    1
+        -                      1000::55    2      drop         flow      any
         ");
     }
 
     #[test]
     fn a_wide_table_has_more_columns() {
-        let text = render(&rows(), Output::Wide).unwrap();
-        let words: Vec<_> = text.lines().nth(1).unwrap().split_whitespace().collect();
-        assert_eq!(
-            words,
-            ["default/kpng-example", "10.0.0.55", "2", "drop", "client", "10800s", "192.0.2.0/24", "7", "3"]
-        );
+        insta::assert_snapshot!(render(&rows(), Output::Wide).unwrap(), @r"
+        SERVICE                EXTERNAL    PODS   NO-BACKEND   BALANCE   SOURCES        AFFINITY   ID   GENERATION
+        default/kpng-example   10.0.0.55   2      drop         client    192.0.2.0/24   10800s     7    3
+        -                      1000::55    2      drop         flow      any            -          7    3
+        ");
     }
 
     #[test]
@@ -266,7 +297,8 @@ mod tests {
         assert_eq!(sources(None), "any");
         assert_eq!(sources(Some(&[])), "none");
         assert_eq!(sources(Some(&nets[..2])), "10.0.0.0/16,10.1.0.0/16");
-        assert!(sources(Some(&nets)).ends_with(",10.4.0.0/16,and 2 more"), "{}", sources(Some(&nets)));
+        assert!(sources(Some(&nets)).ends_with(",10.4.0.0/16,+2"), "{}", sources(Some(&nets)));
+        assert_eq!([None, Some(&nets[..0]), Some(&nets)].map(number_of_sources), ["any", "none", "7"]);
     }
 
     #[test]

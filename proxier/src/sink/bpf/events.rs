@@ -158,6 +158,12 @@ impl Reader {
         }
         match line {
             Line::First(dropped) => about!(dropped, "packet dropped"),
+            Line::Earlier { dropped, ago } => {
+                about!(dropped, ago_seconds = ago.as_secs(), "packet dropped earlier");
+            }
+            Line::EarlierOthers { packets } => {
+                tracing::info!(packets, "packets dropped while no agent ran");
+            }
             Line::Again { last, packets, within } => {
                 about!(last, packets, within_seconds = within.as_secs(), "packets dropped again");
             }

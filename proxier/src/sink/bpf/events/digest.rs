@@ -5,7 +5,7 @@
 //! one line: their numbers add up to what the kernel counted.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     time::{Duration, Instant},
 };
 
@@ -74,6 +74,18 @@ pub(super) struct Dropped {
 pub(super) enum Line {
     /// The first packet of its kind.
     First(Dropped),
+    /// One of before the agent's start, the first of its kind.
+    Earlier {
+        /// The packet.
+        dropped: Dropped,
+        /// How long before.
+        ago: Duration,
+    },
+    /// Packets of before the agent's start that got no line.
+    EarlierOthers {
+        /// How many.
+        packets: u64,
+    },
     /// More of a kind, with the last one of them.
     Again {
         /// The last one.
@@ -149,17 +161,31 @@ pub(super) struct Digest {
     kinds: HashMap<Kind, Known>,
     rations: HashMap<Level, Ration>,
     sums: BTreeMap<(DropReason, Hook), Sum>,
+    /// Kinds of before the start that have been told. As few as their level has lines: they are read in one go.
+    earlier: HashSet<Kind>,
+    /// Packets of before the start that have not been told.
+    earlier_untold: u64,
 }
 
 impl Digest {
     /// Tells of what is dropped from `started` on, when the counters said `totals`, and of packets reported earlier.
     pub(super) fn new(started: u64, totals: &Totals) -> Self {
         let sums = totals.iter().map(|(pair, total)| (*pair, Sum { accounted: *total, told_at: None }));
-        Self { started, kinds: HashMap::new(), rations: HashMap::new(), sums: sums.collect() }
+        Self {
+            started,
+            kinds: HashMap::new(),
+            rations: HashMap::new(),
+            sums: sums.collect(),
+            earlier: HashSet::new(),
+            earlier_untold: 0,
+        }
     }
 
     /// Takes a packet that was reported. The line that is due now, if any.
     pub(super) fn take(&mut self, now: Instant, dropped: Dropped) -> Option<Line> {
+        if dropped.time < self.started {
+            return self.take_earlier(now, dropped);
+        }
         let kind = dropped.kind;
         if let Some(known) = self.kinds.get_mut(&kind) {
             known.last = dropped;
@@ -179,9 +205,22 @@ impl Digest {
         Some(Line::First(dropped))
     }
 
+    /// Takes a packet of before the start. Which of the counters' packets it is cannot be told, so it is kept apart.
+    fn take_earlier(&mut self, now: Instant, dropped: Dropped) -> Option<Line> {
+        if self.earlier.contains(&dropped.kind) || !self.ration(dropped.kind.reason, now) {
+            self.earlier_untold += 1;
+            return None;
+        }
+        self.earlier.insert(dropped.kind);
+        Some(Line::Earlier { dropped, ago: Duration::from_nanos(self.started - dropped.time) })
+    }
+
     /// The lines that are due by now. `totals` must have been read after the last packet reported was taken.
     pub(super) fn due(&mut self, now: Instant, totals: &Totals) -> Vec<Line> {
         let mut lines = Vec::new();
+        if self.earlier_untold > 0 {
+            lines.push(Line::EarlierOthers { packets: std::mem::take(&mut self.earlier_untold) });
+        }
         let is_due =
             |known: &Known| known.untold > 0 && now.saturating_duration_since(known.told_at) >= AGAIN;
         let mut due: Vec<_> = self
@@ -216,9 +255,7 @@ impl Digest {
     }
 
     fn account(&mut self, dropped: &Dropped) {
-        if dropped.time >= self.started {
-            self.sums.entry((dropped.kind.reason, dropped.kind.hook)).or_default().accounted += 1;
-        }
+        self.sums.entry((dropped.kind.reason, dropped.kind.hook)).or_default().accounted += 1;
     }
 
     fn ration(&mut self, reason: DropReason, now: Instant) -> bool {

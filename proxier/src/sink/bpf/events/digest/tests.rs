@@ -65,8 +65,10 @@ fn packets(lines: &[Line]) -> u64 {
     lines
         .iter()
         .map(|line| match line {
-            Line::First(_) => 1,
-            Line::Again { packets, .. } | Line::Others { packets, .. } => *packets,
+            Line::First(_) | Line::Earlier { .. } => 1,
+            Line::Again { packets, .. } | Line::Others { packets, .. } | Line::EarlierOthers { packets } => {
+                *packets
+            }
         })
         .sum()
 }
@@ -178,17 +180,37 @@ fn what_is_remembered_is_bounded_and_the_quietest_goes() {
 }
 
 #[test]
-fn packets_of_before_the_start_are_told_and_not_taken_for_newer_ones() {
+fn packets_of_before_the_start_are_told_as_such_and_not_taken_for_newer_ones() {
     let mut log = Log::new();
-    for port in 0..5 {
-        let packet = Dropped { time: STARTED - 1, ..dropped(DropReason::NoBackend, port) };
-        // Reported earlier, so counted in what the counters said at the start.
-        log.lines.extend(log.digest.take(log.now, packet));
+    let earlier = |port| Dropped { time: STARTED - 600, ..dropped(DropReason::NoBackend, port) };
+    let ago = Duration::from_nanos(600);
+    // Reported earlier, so counted in what the counters said at the start. Each kind twice.
+    for port in (0..5).chain(0..5) {
+        log.lines.extend(log.digest.take(log.now, earlier(port)));
     }
-    assert_eq!(packets(&log.take()), 5);
+    let expected: Vec<_> = (0..5).map(|port| Line::Earlier { dropped: earlier(port), ago }).collect();
+    assert_eq!(log.take(), expected);
     (0..3).for_each(|_| log.count(dropped(DropReason::NoBackend, 9)));
     log.wait(1);
-    assert_eq!(packets(&log.take()), 3);
+    let pair = (DropReason::NoBackend, Hook::UplinkIngress);
+    let newer = Line::Others { reason: pair.0, hook: pair.1, packets: 3 };
+    assert_eq!(log.take(), [Line::EarlierOthers { packets: 5 }, newer]);
+    log.drop(dropped(DropReason::NoBackend, 0));
+    assert_eq!(log.take(), [Line::First(dropped(DropReason::NoBackend, 0))], "the first since the start");
+    log.wait(120);
+    assert_eq!(log.take(), []);
+}
+
+#[test]
+fn of_a_flood_of_before_the_start_few_are_told_and_the_rest_in_one_line() {
+    let mut log = Log::new();
+    for port in 0..3_600 {
+        let packet = Dropped { time: STARTED - 1, ..dropped(DropReason::NoBackend, port) };
+        log.lines.extend(log.digest.take(log.now, packet));
+    }
+    assert_eq!(log.take().len(), LINES as usize);
+    log.wait(120);
+    assert_eq!(log.take(), [Line::EarlierOthers { packets: 3_600 - u64::from(LINES) }]);
 }
 
 #[test]
