@@ -24,7 +24,7 @@ pub use stats::{STATISTICS, Statistic};
 /// Version of this ABI. The agent pins its maps under `<pin-path>/v<SCHEMA>/`.
 pub const SCHEMA: u32 = 2;
 
-/// Most external addresses and pods' own addresses together (entries of `services`).
+/// Most external addresses, pods' own and the node's together (entries of `services`, and of `pods` and `names`).
 pub const MAX_SERVICES: u32 = 131_072;
 /// Most backends of all Services and generations (entries of `backends`). A Service being changed is there twice.
 pub const MAX_BACKENDS: u32 = 524_288;

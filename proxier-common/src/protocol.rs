@@ -17,6 +17,7 @@ pub const UDPLITE: u8 = 136;
 
 /// Whether its header starts with a source and a destination port.
 #[must_use]
+#[inline(always)]
 pub const fn has_ports(number: u8) -> bool {
     matches!(number, TCP | UDP | DCCP | SCTP | UDPLITE)
 }

@@ -1,7 +1,8 @@
 //! Replies: a packet of a pod that answers a client leaves with the external address that the client spoke to.
 //!
-//! Only a packet that matches a flow is a reply. A pod's own connections, and its answers to clients that spoke to
-//! the pod's address directly, match none.
+//! A packet is a reply if it matches a flow, if it follows a first fragment that did, or if it is of the TCP connection that
+//! its client opened last and whose flow the full table gave up (docs/decisions/009). A pod's own connections, and its
+//! answers to clients that spoke to the pod's address directly, are none of these.
 
 use proxier_common::{
     Address, DropReason, FlowValue, PodKey, PodValue, Statistic, TCP_ESTABLISHED, TCP_REPLIED, TCP_REPLY_FIN,

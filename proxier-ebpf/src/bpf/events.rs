@@ -61,8 +61,7 @@ fn describe<const LINK_HEADER: u32>(packet: &Skb<'_, LINK_HEADER>, event: &mut D
         event.service_id = service_of(pod.external);
     }
     if let Some(offset) = transport
-        && let protocol::TCP | protocol::UDP | protocol::UDPLITE | protocol::SCTP | protocol::DCCP =
-            event.protocol
+        && protocol::has_ports(event.protocol)
         && let Some([source_port, destination_port]) = packet.load::<[u16; 2]>(offset)
     {
         event.source_port = source_port;

@@ -251,7 +251,8 @@ impl Tables for KernelTables {
 
     #[inline(always)]
     fn put_fragment(&self, key: &FragmentKey, value: &FragmentValue) {
-        // Without the entry the rest of the packet leaves unchanged and the receiver asks again.
+        // Without the entry the rest of a reply leaves unchanged; that of a request follows its client's session, or is
+        // dropped where conversations are spread.
         let _ = FRAGMENTS.insert(key, value, u64::from(BPF_ANY));
     }
 

@@ -37,9 +37,9 @@ pub(super) enum Role {
 /// One of the two places at an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Place {
-    /// Where replies leave.
+    /// Towards clients or pods. Its pins are called `reply-`, for its main use.
     Egress,
-    /// Where requests arrive.
+    /// From clients or pods. Its pins are called `request-`, likewise.
     Ingress,
 }
 

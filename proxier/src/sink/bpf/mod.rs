@@ -72,7 +72,8 @@ pub struct Options {
     pub pin_path: PathBuf,
     /// How to attach.
     pub attach: AttachMode,
-    /// Whether pods on this node are clients too: their links are then watched and attached to.
+    /// Whether pods and processes of this node are clients too: pods' links are then watched and attached to, and the programs
+    /// look at what the node itself sends (`NODE_CLIENTS`).
     pub local_clients: bool,
 }
 

@@ -12,8 +12,7 @@ use thiserror::Error;
 
 use crate::model::Family;
 
-/// The oldest kernel that proxier supports: the long-term kernel that brought CAP_BPF's companions and every helper
-/// used here.
+/// The oldest kernel that proxier supports: the first long-term one with every helper used here (`bpf_redirect_neigh`).
 const OLDEST_KERNEL: (u8, u8) = (5, 10);
 
 /// The first kernel with tcx links.
@@ -25,7 +24,7 @@ pub(super) enum PreflightError {
     /// Not root, or too little of it.
     #[error(
         "loading programs into the kernel needs the capabilities {missing}, which this process lacks: run it as root, \
-         or give the container the capabilities BPF, PERFMON and NET_ADMIN (SYS_ADMIN and NET_ADMIN before Linux 5.8)"
+         or give the container the capabilities BPF, PERFMON and NET_ADMIN"
     )]
     Capabilities {
         /// Those it lacks.
