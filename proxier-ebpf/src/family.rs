@@ -137,16 +137,26 @@ const V4_FRAGMENT_OFFSET: u16 = 0x1fff;
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct V4Header {
-    version_and_length: u8,
-    type_of_service: u8,
-    total_length: [u8; 2],
-    identification: u16,
-    fragment: [u8; 2],
-    time_to_live: u8,
-    protocol: u8,
-    checksum: [u8; 2],
-    source: [u8; 4],
-    destination: [u8; 4],
+    /// 4, and the header's length in words of four bytes.
+    pub version_and_length: u8,
+    /// DSCP and ECN.
+    pub type_of_service: u8,
+    /// In bytes, header included, in network order.
+    pub total_length: [u8; 2],
+    /// What a packet's fragments share, as loaded.
+    pub identification: u16,
+    /// Flags and offset in units of 8 bytes, in network order.
+    pub fragment: [u8; 2],
+    /// Routers that it may still pass.
+    pub time_to_live: u8,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Over the header, as loaded.
+    pub checksum: u16,
+    /// Source address.
+    pub source: [u8; 4],
+    /// Destination address.
+    pub destination: [u8; 4],
 }
 
 const _: () = assert!(size_of::<V4Header>() == 20);
@@ -236,24 +246,21 @@ pub struct V6;
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct V6Header {
-    version_class_flow: [u8; 4],
-    payload_length: [u8; 2],
-    next_header: u8,
-    hop_limit: u8,
-    source: Address,
-    destination: Address,
+    /// 6, traffic class and flow label.
+    pub version_class_flow: [u8; 4],
+    /// In bytes, extension headers included, in network order.
+    pub payload_length: [u8; 2],
+    /// What follows: an extension header's number, or the protocol's.
+    pub next_header: u8,
+    /// Routers that it may still pass.
+    pub hop_limit: u8,
+    /// Source address.
+    pub source: Address,
+    /// Destination address.
+    pub destination: Address,
 }
 
 const _: () = assert!(size_of::<V6Header>() == V6_HEADER_LENGTH as usize);
-
-impl V6Header {
-    /// What follows: an extension header's number, or the protocol's.
-    #[inline(always)]
-    #[must_use]
-    pub const fn next_header(&self) -> u8 {
-        self.next_header
-    }
-}
 
 // SAFETY: byte arrays, without holes: 8 bytes, then two addresses aligned to 8.
 unsafe impl Plain for V6Header {}

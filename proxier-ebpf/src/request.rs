@@ -109,26 +109,17 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
     origin: Origin,
 ) -> Option<Verdict> {
     let mut request = Request::within(packet.length(), origin.delivery());
-    let unless_ours = match read::<F, P, T>(packet, tables, offset, &mut request) {
-        Read::External => None,
-        Read::NotOurs => Some(Verdict::Next),
+    match read::<F, P, T>(packet, tables, offset, &mut request) {
+        Read::External => {}
+        Read::NotOurs => return Some(request.left_alone(origin)),
         Read::Pod => {
             if !packet.is_rewritten() {
                 forget_flow(tables, &request, 0);
             }
-            Some(Verdict::Next)
+            return Some(request.left_alone(origin));
         }
-        Read::Malformed => Some(Verdict::Drop(DropReason::Malformed)),
-        Read::TinyFragment => Some(Verdict::Drop(DropReason::TinyFragment)),
-    };
-    if let Some(Verdict::Next) = unless_ours
-        && let Origin::Pod = origin
-        && request.service.flags & SERVICE_IS_NODE != 0
-    {
-        return Some(Verdict::ToNode);
-    }
-    if unless_ours.is_some() {
-        return unless_ours;
+        Read::Malformed => return Some(Verdict::Drop(DropReason::Malformed)),
+        Read::TinyFragment => return Some(Verdict::Drop(DropReason::TinyFragment)),
     }
     match request.transport.kind {
         Kind::NeighbourDiscovery | Kind::NeighbourRedirect => return Some(Verdict::Next),
@@ -243,6 +234,30 @@ impl Request {
         }
     }
 
+    /// What becomes of a packet that is for no external address.
+    #[inline(always)]
+    const fn left_alone(&self, origin: Origin) -> Verdict {
+        match origin {
+            Origin::Pod if self.service.flags & SERVICE_IS_NODE != 0 => Verdict::ToNode,
+            _ => Verdict::Next,
+        }
+    }
+
+    /// A session of the client with `pod`, which has opened no TCP connection and was with no other pod before.
+    #[inline(always)]
+    const fn session_with(&self, pod: Address) -> SessionValue {
+        SessionValue {
+            pod,
+            former: Address::UNSPECIFIED,
+            last_seen: self.now,
+            service_id: self.service.service_id,
+            generation: self.service.generation,
+            tcp_port: 0,
+            tcp_peer_port: 0,
+            padding: 0,
+        }
+    }
+
     #[inline(always)]
     const fn session_key(&self) -> SessionKey {
         self.transport.session_of_request(self.destination.external, self.peer, self.service.flags)
@@ -327,22 +342,9 @@ fn lead_rest<F: Family, T: Tables>(tables: &T, request: &Request, pod: Address) 
 /// its own, that is another one, and it must not lead elsewhere.
 #[inline(never)]
 fn keep_answer_here<T: Tables>(tables: &T, request: &Request) {
-    let Request { destination: ExternalKey { external }, peer, transport, service, now, .. } = request;
+    let Request { destination: ExternalKey { external }, peer, transport, service, .. } = request;
     let key = transport.session_of_reply(*external, *peer, service.flags);
-    let ServiceValue { service_id, generation, .. } = *service;
-    tables.put_session(
-        &key,
-        &SessionValue {
-            pod: *peer,
-            former: Address::UNSPECIFIED,
-            last_seen: *now,
-            service_id,
-            generation,
-            tcp_port: 0,
-            tcp_peer_port: 0,
-            padding: 0,
-        },
-    );
+    tables.put_session(&key, &request.session_with(*peer));
 }
 
 /// Finds the pod that the client is on, or chooses one.
@@ -384,19 +386,9 @@ fn place<T: Tables>(tables: &T, request: &Request, placement: &mut Placement) {
     if placement.former[0] == backend.pod {
         placement.former = [placement.former[1], Address::UNSPECIFIED];
     }
-    tables.put_session(
-        &key,
-        &SessionValue {
-            pod: backend.pod,
-            former: placement.former[0],
-            last_seen: *now,
-            service_id,
-            generation,
-            tcp_port,
-            tcp_peer_port,
-            padding: 0,
-        },
-    );
+    let former = placement.former[0];
+    let session = SessionValue { former, tcp_port, tcp_peer_port, ..request.session_with(backend.pod) };
+    tables.put_session(&key, &session);
 }
 
 #[inline(always)]

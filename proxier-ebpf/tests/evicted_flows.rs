@@ -14,11 +14,7 @@ fn rebuilt(tables: &HostTables) -> u64 {
 fn evicted(net: &Net, flags: u32) -> HostTables {
     let tables = tables(&[net.external], &[net.pod]);
     set_flags(&tables, flags);
-    for (from_client, flags) in [(true, 0x02), (false, 0x12), (true, 0x10)] {
-        let mut packet = tcp(net, from_client, flags);
-        let verdict = if from_client { request(&mut packet, &tables) } else { reply(&mut packet, &tables) };
-        assert_eq!(verdict, Verdict::Rewritten);
-    }
+    converse(&tables, net, HANDSHAKE);
     tables.flows.borrow_mut().clear();
     tables
 }

@@ -93,14 +93,7 @@ fn a_client_that_used_a_port_through_the_external_address_may_use_it_with_the_po
         let tables = tables(&[net.external], &[net.pod]);
         know_pod(&tables, net.pod);
         let closed = [(true, 0x02), (false, 0x12), (true, 0x11), (false, 0x11)];
-        for (from_client, flags) in closed {
-            let mut packet = tcp(&net, from_client, flags);
-            if from_client {
-                request(&mut packet, &tables)
-            } else {
-                reply(&mut packet, &tables)
-            };
-        }
+        converse(&tables, &net, closed);
         let direct = |flags: u8| {
             let mut segment = segment(TCP, (40_000, 443), b"");
             segment[13] = flags;
@@ -123,14 +116,7 @@ fn a_client_that_used_a_port_through_the_external_address_may_use_it_with_the_po
 fn a_packet_straight_to_the_pod_does_not_end_an_open_connection() {
     let tables = tables(&[V4.external], &[V4.pod]);
     know_pod(&tables, V4.pod);
-    for (from_client, flags) in [(true, 0x02), (false, 0x12), (true, 0x10)] {
-        let mut packet = tcp(&V4, from_client, flags);
-        if from_client {
-            request(&mut packet, &tables)
-        } else {
-            reply(&mut packet, &tables)
-        };
-    }
+    converse(&tables, &V4, HANDSHAKE);
     let mut syn = segment(TCP, (40_000, 443), b"");
     syn[13] = 0x02;
     let sealed = seal(V4.client, V4.pod, TCP, syn);
@@ -174,14 +160,7 @@ fn a_second_program_at_the_same_hook_does_not_take_a_rewritten_packet_for_one_st
 #[test]
 fn an_idle_connection_still_answers_from_the_external_address() {
     let tables = tables(&[V4.external], &[V4.pod]);
-    for (from_client, flags) in [(true, 0x02), (false, 0x12), (true, 0x10), (true, 0x04)] {
-        let mut packet = tcp(&V4, from_client, flags);
-        if from_client {
-            request(&mut packet, &tables)
-        } else {
-            reply(&mut packet, &tables)
-        };
-    }
+    converse(&tables, &V4, [(true, 0x02), (false, 0x12), (true, 0x10), (true, 0x04)]);
     // The RST was forged; the pod has not believed it and sends on.
     tables.now.set(tables.now.get() + 10_000 * SECOND);
     assert_eq!(reply(&mut tcp(&V4, false, 0x18), &tables), Verdict::Rewritten);
@@ -191,14 +170,7 @@ fn an_idle_connection_still_answers_from_the_external_address() {
 fn conversations_stay_on_a_pod_that_drains_and_new_ones_go_elsewhere() {
     for net in BOTH {
         let tables = tables(&[net.external], &[net.pod]);
-        for (from_client, flags) in [(true, 0x02), (false, 0x12), (true, 0x10)] {
-            let mut packet = tcp(&net, from_client, flags);
-            if from_client {
-                request(&mut packet, &tables)
-            } else {
-                reply(&mut packet, &tables)
-            };
-        }
+        converse(&tables, &net, HANDSHAKE);
         // The pod is no longer ready; another is.
         set_pods(&tables, &[net.external], &[net.other_pod], 2);
         drain(&tables, net.pod);
@@ -240,14 +212,7 @@ fn conversations_go_on_although_no_pod_is_left_for_new_ones() {
 #[test]
 fn an_idle_connection_outlives_a_short_affinity() {
     let tables = tables(&[V4.external], &[V4.pod]);
-    for (from_client, flags) in [(true, 0x02), (false, 0x12), (true, 0x10)] {
-        let mut packet = tcp(&V4, from_client, flags);
-        if from_client {
-            request(&mut packet, &tables)
-        } else {
-            reply(&mut packet, &tables)
-        };
-    }
+    converse(&tables, &V4, HANDSHAKE);
     // Ten seconds of affinity, and a pod that a client choosing anew would go to.
     set_pods(&tables, &[V4.external], &[V4.pod, V4.other_pod], 2);
     tables.services.borrow_mut().values_mut().for_each(|service| service.affinity_timeout = 10);
@@ -385,14 +350,8 @@ fn two_first_packets_at_once_agree_on_the_flow() {
 fn a_late_reset_does_not_show_the_pods_address_in_the_next_handshake() {
     for net in BOTH {
         let tables = tables(&[net.external], &[net.pod]);
-        for (from_client, flags) in
-            [(true, 0x02), (false, 0x12), (true, 0x10), (true, 0x02), (false, 0x04), (false, 0x12)]
-        {
-            let mut packet = tcp(&net, from_client, flags);
-            let verdict =
-                if from_client { request(&mut packet, &tables) } else { reply(&mut packet, &tables) };
-            assert_eq!(verdict, Verdict::Rewritten, "flags {flags:#x}");
-        }
+        converse(&tables, &net, HANDSHAKE);
+        converse(&tables, &net, [(true, 0x02), (false, 0x04), (false, 0x12)]);
         request(&mut tcp(&net, true, 0x10), &tables);
         let state = only_flow(&tables).1.0.get().tcp_state;
         assert_eq!(state, TCP_REPLIED | TCP_ESTABLISHED, "it lives as long as one that is open");

@@ -162,12 +162,7 @@ fn only_a_connection_of_the_same_ports_ends_what_the_session_remembers() {
 fn a_connection_that_a_pod_opens_from_the_port_of_one_that_has_ended_is_its_own() {
     for net in BOTH {
         let tables = tables(&[net.external], &[net.pod]);
-        for (from_client, flags) in [(true, 0x02), (false, 0x12), (true, 0x10), (false, 0x14)] {
-            let mut packet = tcp(&net, from_client, flags);
-            let verdict =
-                if from_client { request(&mut packet, &tables) } else { reply(&mut packet, &tables) };
-            assert_eq!(verdict, Verdict::Rewritten);
-        }
+        converse(&tables, &net, [(true, 0x02), (false, 0x12), (true, 0x10), (false, 0x14)]);
         let original = tcp(&net, false, 0x02);
         let mut packet = original.clone();
         assert_eq!(reply(&mut packet, &tables), Verdict::Next);

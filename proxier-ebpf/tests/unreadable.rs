@@ -200,7 +200,7 @@ fn a_checksum_from_scratch_is_the_one_that_everybody_computes() {
 fn a_header_says_what_follows_it() {
     let hop_by_hop = Network { extensions: vec![(0, vec![0; 7])], ..Network::default() };
     let packet = packet(&hop_by_hop, V6.client, V6.external, UDP, (1, 2), b"");
-    assert_eq!(proxier_ebpf::V6::header(&packet, 14).unwrap().next_header(), 0);
+    assert_eq!(proxier_ebpf::V6::header(&packet, 14).unwrap().next_header, 0);
 }
 
 /// As a tunnel's outer UDP header looks while the inner checksum is left to the hardware, or any whose own is: on a host

@@ -13,6 +13,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use comfy_table::{Table, presets::UTF8_FULL_CONDENSED};
+use proxier_common::SCHEMA;
 use proxier_tests::{
     agent::{Agent, AgentSpec},
     exchange::{Outcome, Protocol, Question, SILENCE},
@@ -345,9 +346,9 @@ impl Demo {
   {client} tcpdump -ni eth0            what the client sees
   {pod} tcpdump -ni eth0             what the pod sees
 
-  bpftool map dump pinned {pins}/v2/services
-  bpftool map dump pinned {pins}/v2/backends
-  bpftool map dump pinned {pins}/v2/flows
+  bpftool map dump pinned {pins}/v{SCHEMA}/services
+  bpftool map dump pinned {pins}/v{SCHEMA}/backends
+  bpftool map dump pinned {pins}/v{SCHEMA}/flows
   {proxier} get services --pin-path {pins}
   {proxier} get flows --pin-path {pins}
 

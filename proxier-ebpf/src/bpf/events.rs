@@ -95,6 +95,6 @@ fn describe_v6<P: Packet>(packet: &P, offset: u32, event: &mut DropEvent) -> Opt
     let header = V6::header(packet, offset)?;
     event.source = V6::source(&header);
     event.destination = V6::destination(&header);
-    event.protocol = header.next_header();
+    event.protocol = header.next_header;
     Some(offset + V6_HEADER_LENGTH)
 }

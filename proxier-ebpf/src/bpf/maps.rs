@@ -261,6 +261,7 @@ impl Tables for KernelTables {
         // The only error is that it is not there.
         let _ = FRAGMENTS.remove(key);
     }
+
     #[inline(always)]
     fn count(&self, what: Statistic) {
         if let Some(count) = STATS.get_ptr_mut(what as u32) {

@@ -9,8 +9,11 @@ use aya_ebpf::{
     helpers::{bpf_csum_diff, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_load_bytes},
     programs::TcContext,
 };
-use proxier_common::{Address, protocol};
-use proxier_ebpf::{Family, NetworkHeader, Packet, V4, V6, checksum};
+use proxier_common::protocol;
+use proxier_ebpf::{
+    Family, NetworkHeader, Packet, V4, V6, checksum,
+    family::{V4Header, V6Header},
+};
 
 use super::{redirect, skb::Skb};
 
@@ -19,34 +22,6 @@ use super::{redirect, skb::Skb};
 const V4_QUOTE: usize = 80;
 /// How much of an IPv6 packet is quoted: as much as makes room for ports, checksum and some extension headers.
 const V6_QUOTE: usize = 88;
-
-/// An IPv4 header without options.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct V4Header {
-    version_and_length: u8,
-    type_of_service: u8,
-    total_length: [u8; 2],
-    identification: [u8; 2],
-    fragment: [u8; 2],
-    time_to_live: u8,
-    protocol: u8,
-    checksum: u16,
-    source: [u8; 4],
-    destination: [u8; 4],
-}
-
-/// An IPv6 header.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct V6Header {
-    version_class_flow: [u8; 4],
-    payload_length: [u8; 2],
-    next_header: u8,
-    hop_limit: u8,
-    source: Address,
-    destination: Address,
-}
 
 /// An ICMP or ICMPv6 error that names an MTU.
 #[repr(C)]
@@ -91,7 +66,7 @@ fn answer_v4<const LINK_HEADER: u32>(context: &TcContext, mtu: u32) -> Option<()
         version_and_length: 0x45,
         type_of_service: 0,
         total_length: (LENGTH as u16).to_be_bytes(),
-        identification: [0; 2],
+        identification: 0,
         // Don't fragment.
         fragment: [0x40, 0],
         time_to_live: 64,

@@ -436,6 +436,18 @@ pub fn tcp(net: &Net, from_client: bool, flags: u8) -> HostPacket {
     frame(&Network::default(), source, destination, TCP, &seal(source, destination, TCP, segment))
 }
 
+/// The steps of a TCP handshake, for [`converse`].
+pub const HANDSHAKE: [(bool, u8); 3] = [(true, 0x02), (false, 0x12), (true, 0x10)];
+
+/// Lets packets of one TCP conversation pass, each from the client or not and with these flags. All must be rewritten.
+pub fn converse(tables: &HostTables, net: &Net, steps: impl IntoIterator<Item = (bool, u8)>) {
+    for (step, (from_client, flags)) in steps.into_iter().enumerate() {
+        let mut packet = tcp(net, from_client, flags);
+        let verdict = if from_client { request(&mut packet, tables) } else { reply(&mut packet, tables) };
+        assert_eq!(verdict, Verdict::Rewritten, "step {step}, flags {flags:#x}");
+    }
+}
+
 /// The flow, where there is one only.
 pub fn only_flow(tables: &HostTables) -> (FlowKey, HostFlow) {
     let flows = tables.flows.borrow();
