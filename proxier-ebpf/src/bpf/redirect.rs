@@ -7,10 +7,13 @@ use aya_ebpf::{
     helpers::{bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh, bpf_skb_change_head, bpf_skb_vlan_pop},
     programs::TcContext,
 };
-use proxier_common::{Address, DropReason};
-use proxier_ebpf::{Family, NetworkHeader, Packet, V4, V6, family::V6_HEADER_LENGTH};
+use proxier_common::{Address, DropReason, PodKey};
+use proxier_ebpf::{Family, NetworkHeader, Packet, Tables, V4, V6, family::V6_HEADER_LENGTH};
 
-use super::skb::{ETHERNET_HEADER, NO_LINK_HEADER, Skb};
+use super::{
+    maps::KernelTables,
+    skb::{ETHERNET_HEADER, NO_LINK_HEADER, Skb},
+};
 
 /// The two addresses at the start of an Ethernet header.
 #[repr(C)]
@@ -84,10 +87,19 @@ pub(super) fn mtu_towards_pod<const LINK_HEADER: u32>(context: &TcContext) -> Op
     (route.result == Route::TOO_BIG && mtu != 0).then_some(mtu.into())
 }
 
-/// Whether the route to the packet's source leads back by the interface that it came in by.
+/// Whether the packet is of a pod that belongs to a Service, and the route to it leads back by the interface that it came in
+/// by. The routing is asked of those only: what other pods send to the node is no reply.
 #[inline(never)]
 pub(super) fn comes_from_its_source(context: &TcContext) -> bool {
     let packet = Skb::<ETHERNET_HEADER>::new(context);
+    let source = match packet.network_header() {
+        Some(NetworkHeader::V4(offset)) => packet.load(offset + V4::SOURCE).map(Address::from_v4),
+        Some(NetworkHeader::V6(offset)) => packet.load(offset + V6::SOURCE),
+        None => None,
+    };
+    if source.and_then(|pod| KernelTables.pod(&PodKey { pod })).is_none() {
+        return false;
+    }
     match Route::of_packet(&packet, Direction::Reverse) {
         Some(Route { lookup, result: Route::FOUND | Route::NO_NEIGHBOUR }) => {
             lookup.interface == packet.interface()
