@@ -12,7 +12,7 @@ use tokio::{
 
 use crate::{
     catalog::Catalog,
-    desired::{self, Desired, LocalAddresses, Settings},
+    desired::{self, Desired, LocalAddresses, Scope, Settings},
     model::{ObjectId, Problem, Subject},
     observe::{changes, report},
     sink::{Sink, Snapshot, json},
@@ -223,7 +223,7 @@ impl<'a> Agent<'a> {
         let transitions = self.report.update(self.source_problems.iter().cloned().chain(problems));
         report::log(&transitions, |subject| exists(&self.catalog, subject));
 
-        self.sink.apply(Snapshot { catalog: &self.catalog, desired: &desired })?;
+        self.sink.apply(Snapshot { catalog: &self.catalog, desired: &desired, scope: &Scope::All })?;
         if self.retry.take().is_some() {
             tracing::info!("applied now, after failures");
         }

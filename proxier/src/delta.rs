@@ -21,6 +21,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    sync::Arc,
 };
 
 use proxier_common::{
@@ -194,24 +195,26 @@ impl Actual {
             let Some(key) = self.names.get(&value.service_id).and_then(decode_name) else {
                 continue;
             };
-            let service = desired.services.entry(key).or_insert_with(|| DesiredService {
-                externals: BTreeSet::new(),
-                pods: self.pods(value.service_id, 0),
-                draining: self.pods(value.service_id, MEMBER_DRAINING),
-                affinity_timeout: value.affinity_timeout,
-                no_backend: if value.flags & SERVICE_PASS_WITHOUT_BACKEND == 0 {
-                    NoBackend::Drop
-                } else {
-                    NoBackend::Pass
-                },
-                balance: if value.flags & SERVICE_BALANCE_FLOW == 0 {
-                    Balance::Client
-                } else {
-                    Balance::Flow
-                },
-                sources: sources::in_force(value, self),
+            let service = desired.services.entry(key).or_insert_with(|| {
+                Arc::new(DesiredService {
+                    externals: BTreeSet::new(),
+                    pods: self.pods(value.service_id, 0),
+                    draining: self.pods(value.service_id, MEMBER_DRAINING),
+                    affinity_timeout: value.affinity_timeout,
+                    no_backend: if value.flags & SERVICE_PASS_WITHOUT_BACKEND == 0 {
+                        NoBackend::Drop
+                    } else {
+                        NoBackend::Pass
+                    },
+                    balance: if value.flags & SERVICE_BALANCE_FLOW == 0 {
+                        Balance::Client
+                    } else {
+                        Balance::Flow
+                    },
+                    sources: sources::in_force(value, self),
+                })
             });
-            service.externals.insert(external.external.to_ip());
+            Arc::make_mut(service).externals.insert(external.external.to_ip());
         }
         desired
     }
@@ -260,7 +263,7 @@ impl<'a> Plan<'a> {
     pub fn new(desired: &'a Desired, actual: &Actual, sweep_due: bool) -> Self {
         let mut ids = Ids::new(actual);
         let wanted: BTreeMap<u32, (&ServiceKey, &DesiredService)> =
-            desired.services.iter().map(|(key, service)| (ids.of(key), (key, service))).collect();
+            desired.services.iter().map(|(key, service)| (ids.of(key), (key, &**service))).collect();
         let mut owners = BTreeMap::new();
         for (id, (_, service)) in &wanted {
             owners.extend(service.externals.iter().map(|external| (external_key(*external), *id)));

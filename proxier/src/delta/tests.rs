@@ -29,6 +29,7 @@ fn only_from(ranges: &[&str], service: DesiredService) -> DesiredService {
 }
 
 fn desired<const N: usize>(services: [(ServiceKey, DesiredService); N]) -> Desired {
+    let services = services.map(|(key, service)| (key, Arc::new(service)));
     Desired { services: services.into(), ..Desired::default() }
 }
 
@@ -462,7 +463,7 @@ fn any_desired() -> impl Strategy<Value = Desired> {
             }
             desired.services.insert(
                 key(&format!("s{index}"), Family::V4),
-                DesiredService {
+                Arc::new(DesiredService {
                     externals,
                     pods: pods.into_iter().map(|n| IpAddr::from([11, 0, 0, n])).collect(),
                     draining: draining.into_iter().map(|n| IpAddr::from([11, 0, 0, n])).collect(),
@@ -472,7 +473,7 @@ fn any_desired() -> impl Strategy<Value = Desired> {
                     sources: sources.map(|nets| {
                         nets.into_iter().map(|n| format!("192.0.{n}.0/24").parse().unwrap()).collect()
                     }),
-                },
+                }),
             );
         }
         desired
@@ -543,7 +544,10 @@ proptest! {
         prop_assert_eq!(known_pods(&actual), wanted_pods(last));
         // A pod that is among both takes new conversations.
         let mut said = last.services.clone();
-        said.values_mut().for_each(|service| service.draining.retain(|pod| !service.pods.contains(pod)));
+        for service in said.values_mut() {
+            let DesiredService { pods, draining, .. } = Arc::make_mut(service);
+            draining.retain(|pod| !pods.contains(pod));
+        }
         prop_assert_eq!(actual.in_force().services, said);
         for (key, pod) in actual.pods.iter().filter(|(_, pod)| pod.external != Address::UNSPECIFIED) {
             let of_service = actual.services[&ExternalKey { external: pod.external }].flags;

@@ -6,6 +6,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    sync::Arc,
 };
 
 use ipnet::IpNet;
@@ -90,11 +91,21 @@ impl DesiredService {
 /// What the kernel should have.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Desired {
-    /// By Service and family. A Service without external address of a family is not there.
-    pub services: BTreeMap<ServiceKey, DesiredService>,
+    /// By Service and family. A Service without external address of a family is not there. Shared: who keeps an earlier state
+    /// keeps what has not changed since only once.
+    pub services: BTreeMap<ServiceKey, Arc<DesiredService>>,
     /// The node's own addresses, from which its processes may speak to external ones. One that a Service has is the
     /// Service's all the same.
     pub node_addresses: BTreeSet<IpAddr>,
+}
+
+/// Which Services may differ from what somebody was given last.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Any.
+    All,
+    /// These alone: they are new, have changed or have gone.
+    Only(BTreeSet<ServiceKey>),
 }
 
 /// Addresses that a node's interfaces have.
@@ -172,7 +183,7 @@ pub fn compute(catalog: &Catalog, settings: &Settings) -> (Desired, Vec<Problem>
             }
             desired.services.insert(
                 ServiceKey { service: service.name.clone(), family },
-                DesiredService {
+                Arc::new(DesiredService {
                     externals,
                     pods,
                     draining,
@@ -180,7 +191,7 @@ pub fn compute(catalog: &Catalog, settings: &Settings) -> (Desired, Vec<Problem>
                     no_backend: settings.no_backend,
                     balance,
                     sources: policy::sources(service, family, &mut problems),
-                },
+                }),
             );
         }
     }

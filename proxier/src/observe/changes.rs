@@ -109,7 +109,7 @@ fn sources(nets: Option<&BTreeSet<IpNet>>) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::net::IpAddr;
+    use std::{net::IpAddr, sync::Arc};
 
     use super::*;
     use crate::{
@@ -132,7 +132,7 @@ mod tests {
                         balance: Balance::Client,
                         sources: None,
                     };
-                    (key, service)
+                    (key, Arc::new(service))
                 })
                 .collect(),
             ..Desired::default()

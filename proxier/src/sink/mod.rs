@@ -3,15 +3,20 @@
 pub mod bpf;
 pub mod json;
 
-use crate::{catalog::Catalog, desired::Desired};
+use crate::{
+    catalog::Catalog,
+    desired::{Desired, Scope},
+};
 
-/// What a sink is given at every change: always the whole state, never a difference.
+/// What a sink is given at every change: always the whole state, and where in it to look.
 #[derive(Clone, Copy, Debug)]
 pub struct Snapshot<'a> {
     /// Every Service and endpoint known.
     pub catalog: &'a Catalog,
     /// What this node should have.
     pub desired: &'a Desired,
+    /// What of it may differ from the snapshot before. [`Scope::All`] in the first one, and after a failure.
+    pub scope: &'a Scope,
 }
 
 /// Brings the outside world in line with a [`Snapshot`].

@@ -2,7 +2,7 @@ use std::sync::{Arc, Mutex};
 
 use super::*;
 use crate::{
-    desired::{Settings, compute},
+    desired::{Scope, Settings, compute},
     model::{
         Endpoint, IpMode, LoadBalancerIngress, Object, Service, ServicePort, ServiceType,
         testing::{mk_endpoint, mk_name, mk_service, mk_slice},
@@ -20,7 +20,8 @@ fn lines(objects: impl IntoIterator<Item = Object>, node: &str) -> Vec<String> {
     let node = NodeName::new(node);
     let settings = Settings::new(node.clone());
     let (desired, _) = compute(&catalog, &settings);
-    let text = render(Snapshot { catalog: &catalog, desired: &desired }, &node, false).unwrap();
+    let text =
+        render(Snapshot { catalog: &catalog, desired: &desired, scope: &Scope::All }, &node, false).unwrap();
     text.lines().map(str::to_owned).collect()
 }
 
@@ -157,7 +158,7 @@ fn the_whole_set_is_printed_at_every_change_and_not_without_one() {
             catalog.apply(object);
         }
         let (desired, _) = compute(&catalog, &Settings::new(NodeName::new("node1")));
-        sink.apply(Snapshot { catalog: &catalog, desired: &desired }).unwrap();
+        sink.apply(Snapshot { catalog: &catalog, desired: &desired, scope: &Scope::All }).unwrap();
         String::from_utf8(out.0.lock().unwrap().clone()).unwrap().lines().count()
     };
     assert_eq!(apply(Some(mk_service("web", ["10.0.0.55"]).into())), 1);
