@@ -16,7 +16,7 @@ use crate::{
     model::{ObjectId, Problem, Subject},
     observe::{changes, report},
     sink::{Sink, Snapshot, json},
-    source::{Batch, Event},
+    source::{Batch, Event, Source},
 };
 
 mod addresses;
@@ -75,7 +75,7 @@ impl Shutdown {
     }
 }
 
-/// Keeps `sink` in line with what comes from `batches`, until `shutdown` or `until` says so. Then nothing is undone:
+/// Keeps `sink` in line with what comes from `source`, until `shutdown` or `until` says so. Then nothing is undone:
 /// packets go on without the agent.
 ///
 /// # Errors
@@ -83,7 +83,7 @@ impl Shutdown {
 /// The source has ended; the addresses of this node cannot be told; or, with [`Until::FirstApply`], the sink could not
 /// apply the state.
 pub async fn run(
-    batches: mpsc::Receiver<Batch>,
+    source: Source,
     sink: &mut dyn Sink,
     settings: Settings,
     until: Until,
@@ -94,7 +94,7 @@ pub async fn run(
     if machine == Machine::ThisNode {
         agent.watch_addresses(addresses::of_this_node)?;
     }
-    agent.run(batches, until, shutdown.signalled()).await
+    agent.run(source.batches, until, shutdown.signalled()).await
 }
 
 type AddressReader<'a> = Box<dyn FnMut() -> anyhow::Result<LocalAddresses> + Send + 'a>;
@@ -215,7 +215,9 @@ impl<'a> Agent<'a> {
                 Event::Delete(id) => self.catalog.delete(&id),
             }
         }
-        self.source_problems = batch.problems;
+        if let Some(problems) = batch.problems {
+            self.source_problems = problems;
+        }
     }
 
     fn apply(&mut self) -> anyhow::Result<()> {
@@ -357,7 +359,7 @@ mod tests {
     }
 
     fn batch(objects: impl IntoIterator<Item = Object>) -> Batch {
-        Batch { events: objects.into_iter().map(Event::Apply).collect(), problems: Vec::new() }
+        Batch { events: objects.into_iter().map(Event::Apply).collect(), ..Batch::default() }
     }
 
     fn web() -> Batch {

@@ -28,7 +28,7 @@ use crate::{
         bpf::{self, AttachMode, BpfSink, inspect},
         json::JsonSink,
     },
-    source::{directory::Directory, file},
+    source::{Source, directory::Directory, file, kube},
 };
 
 /// Delivers every port and every protocol of a Service's external addresses to a pod on this node.
@@ -62,6 +62,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Take Services, EndpointSlices and Nodes from the API server, and follow their changes
+    Kube(KubeArgs),
     /// Take Services, EndpointSlices and Nodes from Kubernetes manifests, and follow their changes
     File(FileArgs),
     /// Detach the programs from all interfaces and remove the pinned maps
@@ -78,6 +80,24 @@ enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
+}
+
+#[derive(Debug, Args)]
+struct KubeArgs {
+    /// Take Services whose label service.kubernetes.io/service-proxy-name has this value
+    #[arg(long, env = "PROXIER_SERVICE_PROXY_NAME", value_name = "NAME", value_parser = label_value)]
+    service_proxy_name: String,
+    /// How to reach the API server [default: this pod's ServiceAccount, or else what kubectl would use]
+    #[arg(long, env = "PROXIER_KUBECONFIG", value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+    /// A context of the kubeconfig [default: its current one]
+    #[arg(long, env = "PROXIER_CONTEXT", value_name = "NAME")]
+    context: Option<String>,
+    /// This node's name, as EndpointSlices write it [default: the host's name]
+    #[arg(long, env = "NODE_NAME", value_name = "NAME")]
+    node_name: Option<String>,
+    #[command(subcommand)]
+    sink: SinkCommand,
 }
 
 #[derive(Debug, Args)]
@@ -236,6 +256,7 @@ fn without_empty_variables(command: clap::Command) -> clap::Command {
 
 fn execute(command: Command) -> anyhow::Result<()> {
     match command {
+        Command::Kube(arguments) => kube(arguments),
         Command::File(arguments) => file(arguments),
         Command::Cleanup(pin) => {
             let removed = bpf::cleanup(&pin.pin_path)?;
@@ -279,51 +300,86 @@ fn print(text: &str) -> anyhow::Result<()> {
     }
 }
 
+fn kube(arguments: KubeArgs) -> anyhow::Result<()> {
+    let KubeArgs { service_proxy_name, kubeconfig, context, node_name, sink } = arguments;
+    let options = kube::Options { service_proxy_name, kubeconfig, context, timing: kube::Timing::default() };
+    agent(node_name, sink, async move || {
+        let server = kube::server(&options).await?;
+        Ok(move || kube::spawn(&server, &options))
+    })
+}
+
 fn file(arguments: FileArgs) -> anyhow::Result<()> {
-    let node = node_name(arguments.node_name)?;
+    let FileArgs { input, service_proxy_name, node_name, sink } = arguments;
+    agent(node_name, sink, async move || {
+        let directory = Directory::open(input, service_proxy_name)?;
+        Ok(move || file::spawn(directory))
+    })
+}
+
+/// Runs the agent. `find` finds the source and tells how to start it.
+fn agent<S>(
+    node_name: Option<String>,
+    sink: SinkCommand,
+    find: impl AsyncFnOnce() -> anyhow::Result<S>,
+) -> anyhow::Result<()>
+where
+    S: FnOnce() -> anyhow::Result<Source>,
+{
+    let node = self::node_name(node_name)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
-    let shutdown = {
-        let _within = runtime.enter();
-        Shutdown::listen()?
-    };
-    // Both before anything is read or changed: whoever made a mistake on the command line is waiting to be told.
-    let directory = Directory::open(arguments.input, arguments.service_proxy_name)?;
-    match arguments.sink {
-        SinkCommand::ToBpf(sink) => runtime.block_on(async {
-            let settings = Settings {
-                no_backend: sink.no_backend,
-                node_clients: !sink.no_local_clients,
-                ..settings(node, sink.externals)
-            };
-            let options = bpf::Options {
-                uplinks: sink.uplinks,
-                pin_path: sink.pin.pin_path,
-                attach: sink.attach,
-                local_clients: !sink.no_local_clients,
-            };
-            let mut bpf = BpfSink::open(options)?;
-            app::run(
-                file::spawn(directory)?,
-                &mut bpf,
-                settings,
-                Until::Signalled,
-                Machine::ThisNode,
-                shutdown,
-            )
-            .await
-        }),
-        SinkCommand::ToJson(sink) => runtime.block_on(async {
-            let settings = settings(node.clone(), sink.externals);
-            let mut json = JsonSink::new(Box::new(io::stdout()), node, sink.pretty);
-            let until = if sink.once { Until::FirstApply } else { Until::Signalled };
-            // The lines may be read anywhere, so what this host's interfaces have does not matter.
-            app::run(file::spawn(directory)?, &mut json, settings, until, Machine::Any, shutdown).await
-        }),
+    runtime.block_on(async {
+        let shutdown = Shutdown::listen()?;
+        // Before anything is read or changed: whoever made a mistake on the command line is waiting to be told.
+        let start = find().await?;
+        match sink {
+            SinkCommand::ToBpf(sink) => {
+                let settings = Settings {
+                    no_backend: sink.no_backend,
+                    node_clients: !sink.no_local_clients,
+                    ..settings(node, sink.externals)
+                };
+                let options = bpf::Options {
+                    uplinks: sink.uplinks,
+                    pin_path: sink.pin.pin_path,
+                    attach: sink.attach,
+                    local_clients: !sink.no_local_clients,
+                };
+                let mut bpf = BpfSink::open(options)?;
+                app::run(start()?, &mut bpf, settings, Until::Signalled, Machine::ThisNode, shutdown).await
+            }
+            SinkCommand::ToJson(sink) => {
+                let settings = settings(node.clone(), sink.externals);
+                let mut json = JsonSink::new(Box::new(io::stdout()), node, sink.pretty);
+                let until = if sink.once { Until::FirstApply } else { Until::Signalled };
+                // The lines may be read anywhere, so what this host's interfaces have does not matter.
+                app::run(start()?, &mut json, settings, until, Machine::Any, shutdown).await
+            }
+        }
+    })
+}
+
+/// What the API server takes as a label's value: no object has another one, so it would be waited for in vain.
+fn label_value(text: &str) -> Result<String, String> {
+    const MAX_LABEL_VALUE: usize = 63;
+    let value = text.trim();
+    let inside = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let ends = |c: char| c.is_ascii_alphanumeric();
+    if value.is_empty()
+        || value.len() > MAX_LABEL_VALUE
+        || !value.chars().all(inside)
+        || !(value.starts_with(ends) && value.ends_with(ends))
+    {
+        return Err(format!(
+            "no label can have this value: write 1 to {MAX_LABEL_VALUE} letters, digits, '-', '_' and '.', letters or digits \
+             at both ends"
+        ));
     }
+    Ok(value.to_owned())
 }
 
 /// What the kernel takes as an interface's name (`dev_valid_name`): one with a slip of the pen would be waited for in

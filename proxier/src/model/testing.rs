@@ -2,9 +2,7 @@
 
 use std::net::IpAddr;
 
-use super::{
-    Endpoint, EndpointPort, EndpointSlice, Family, Node, NodeName, Object, ObjectName, Protocol, Service,
-};
+use super::{Endpoint, EndpointPort, EndpointSlice, Family, Node, NodeName, ObjectName, Protocol, Service};
 
 pub(crate) fn mk_name(name: &str) -> ObjectName {
     ObjectName { namespace: "default".to_owned(), name: name.to_owned() }
@@ -49,22 +47,4 @@ pub(crate) fn mk_node<'a>(name: &str, addresses: impl IntoIterator<Item = &'a st
 
 fn parse<'a>(addresses: impl IntoIterator<Item = &'a str>) -> Vec<IpAddr> {
     addresses.into_iter().map(|address| address.parse().unwrap()).collect()
-}
-
-impl From<Service> for Object {
-    fn from(service: Service) -> Self {
-        Self::Service(Box::new(service))
-    }
-}
-
-impl From<EndpointSlice> for Object {
-    fn from(slice: EndpointSlice) -> Self {
-        Self::EndpointSlice(slice)
-    }
-}
-
-impl From<Node> for Object {
-    fn from(node: Node) -> Self {
-        Self::Node(node)
-    }
 }

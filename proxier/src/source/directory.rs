@@ -188,7 +188,7 @@ impl Directory {
             }
         }
         self.delivered = current;
-        Batch { events, problems }
+        Batch { events, problems: Some(problems), ..Batch::default() }
     }
 
     /// All objects of all files: of two with one name, the first by file and position counts.

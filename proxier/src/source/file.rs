@@ -15,9 +15,9 @@ use notify::{
     EventKind, RecommendedWatcher, RecursiveMode, Watcher as _,
     event::{AccessKind, AccessMode},
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
-use super::{Batch, directory::Directory};
+use super::{Batch, Source, Standing, directory::Directory};
 use crate::model::{Problem, Severity, Subject};
 
 /// Editors write a file in several steps; what they leave in between is nobody's intention.
@@ -34,14 +34,16 @@ const REREAD_UNWATCHED: Duration = Duration::from_secs(2);
 /// # Errors
 ///
 /// The thread cannot be started.
-pub fn spawn(directory: Directory) -> anyhow::Result<mpsc::Receiver<Batch>> {
+pub fn spawn(directory: Directory) -> anyhow::Result<Source> {
     // Small: while the receiver is busy, changes come together in the files, not in memory.
     let (batches, receiver) = mpsc::channel(1);
     thread::Builder::new()
         .name("file-source".to_owned())
         .spawn(move || run(directory, &batches))
         .context("cannot start a thread to read --input")?;
-    Ok(receiver)
+    // A file that cannot be read is a problem of that file; the directory is always in sight.
+    let (_, standing) = watch::channel(Standing::default());
+    Ok(Source { batches: receiver, standing })
 }
 
 fn run(mut directory: Directory, batches: &mpsc::Sender<Batch>) {
@@ -60,9 +62,9 @@ fn run(mut directory: Directory, batches: &mpsc::Sender<Batch>) {
             );
         }
         let pause = if watch.is_active() { REREAD } else { REREAD_UNWATCHED };
-        batch.problems.extend(unwatched);
-        if !batch.events.is_empty() || known_problems.as_ref() != Some(&batch.problems) {
-            known_problems = Some(batch.problems.clone());
+        batch.problems.get_or_insert_default().extend(unwatched);
+        if !batch.events.is_empty() || known_problems != batch.problems {
+            known_problems.clone_from(&batch.problems);
             if batches.blocking_send(batch).is_err() {
                 return;
             }
@@ -235,7 +237,8 @@ mod tests {
     async fn the_first_batch_comes_even_if_there_is_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let directory = Directory::open(dir.path().to_owned(), None).unwrap();
-        let mut batches = spawn(directory).unwrap();
-        assert_eq!(batches.recv().await, Some(Batch::default()));
+        let mut source = spawn(directory).unwrap();
+        let first = Batch { problems: Some(Vec::new()), ..Batch::default() };
+        assert_eq!(source.batches.recv().await, Some(first));
     }
 }

@@ -34,7 +34,8 @@ impl Lab {
             Event::Delete(id) => format!("-{id}"),
         });
         let prefix = format!("{}/", self.dir.path().display());
-        let problems = batch.problems.iter().map(|problem| problem.to_string().replace(&prefix, ""));
+        let problems =
+            batch.problems.iter().flatten().map(|problem| problem.to_string().replace(&prefix, ""));
         (events.collect(), problems.collect())
     }
 

@@ -1,0 +1,195 @@
+//! Makes batches of what the watches see: none before each has told its whole first list, and then one as soon as the agent is
+//! ready for it, with the last of what happened to each object.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    mem,
+    net::IpAddr,
+    time::SystemTime,
+};
+
+use tokio::sync::mpsc;
+
+use crate::{
+    model::{Object, ObjectId, Problem},
+    source::{Batch, Event},
+};
+
+/// What a watch has seen.
+#[derive(Debug)]
+pub(super) enum Update {
+    /// An object is there, or has changed.
+    Applied {
+        /// The object.
+        object: Object,
+        /// What is wrong with it.
+        problems: Vec<Problem>,
+        /// When what it tells of happened, if it says so.
+        triggered: Option<SystemTime>,
+    },
+    /// An object has gone, or is of no use.
+    Deleted {
+        /// Which.
+        id: ObjectId,
+        /// Why it is of no use.
+        problems: Vec<Problem>,
+    },
+    /// The API server's addresses.
+    ApiServer(BTreeSet<IpAddr>),
+    /// A watch has told its whole list.
+    Listed(&'static str),
+}
+
+/// What the agent has not been given yet.
+#[derive(Debug)]
+pub(super) struct Pending {
+    /// Watches that have not told their first list.
+    unlisted: BTreeSet<&'static str>,
+    events: BTreeMap<ObjectId, Event>,
+    api_server: Option<BTreeSet<IpAddr>>,
+    triggered: Vec<SystemTime>,
+    /// Of all objects.
+    problems: BTreeMap<ObjectId, Vec<Problem>>,
+    problems_changed: bool,
+    /// Whether the agent has been given anything.
+    begun: bool,
+    /// What Services are selected by, to be named if there are none.
+    label: String,
+}
+
+impl Pending {
+    pub(super) fn new(resources: &[&'static str], label: String) -> Self {
+        Self {
+            unlisted: resources.iter().copied().collect(),
+            events: BTreeMap::new(),
+            api_server: None,
+            triggered: Vec::new(),
+            problems: BTreeMap::new(),
+            problems_changed: true,
+            begun: false,
+            label,
+        }
+    }
+
+    /// Takes `updates` and sends `batches` until nobody wants them.
+    pub(super) async fn run(mut self, mut updates: mpsc::Receiver<Update>, batches: mpsc::Sender<Batch>) {
+        loop {
+            tokio::select! {
+                // What is there already belongs into the same batch.
+                biased;
+                update = updates.recv() => {
+                    let Some(update) = update else { return };
+                    self.add(update);
+                }
+                permit = batches.reserve(), if self.is_due() => {
+                    let Ok(permit) = permit else { return };
+                    permit.send(self.take());
+                }
+            }
+        }
+    }
+
+    fn add(&mut self, update: Update) {
+        match update {
+            Update::Applied { object, problems, triggered } => {
+                let id = object.id();
+                self.note(&id, problems);
+                self.events.insert(id, Event::Apply(object));
+                self.triggered.extend(triggered);
+            }
+            Update::Deleted { id, problems } => {
+                self.note(&id, problems);
+                self.events.insert(id.clone(), Event::Delete(id));
+            }
+            Update::ApiServer(addresses) => self.api_server = Some(addresses),
+            Update::Listed(resource) => {
+                self.unlisted.remove(resource);
+            }
+        }
+    }
+
+    fn note(&mut self, id: &ObjectId, problems: Vec<Problem>) {
+        if self.problems.get(id).map_or(&[][..], Vec::as_slice) == problems {
+            return;
+        }
+        self.problems_changed = true;
+        if problems.is_empty() {
+            self.problems.remove(id);
+        } else {
+            self.problems.insert(id.clone(), problems);
+        }
+    }
+
+    fn is_due(&self) -> bool {
+        let news = !self.events.is_empty() || self.api_server.is_some() || self.problems_changed;
+        self.unlisted.is_empty() && (news || !self.begun)
+    }
+
+    fn take(&mut self) -> Batch {
+        let events: Vec<Event> = mem::take(&mut self.events).into_values().collect();
+        if !mem::replace(&mut self.begun, true)
+            && !events.iter().any(|event| matches!(event, Event::Apply(Object::Service(_))))
+        {
+            tracing::info!("no Service has the label {} yet: nothing to do until one has", self.label);
+        }
+        let problems = mem::take(&mut self.problems_changed)
+            .then(|| self.problems.values().flatten().cloned().collect());
+        Batch {
+            events,
+            problems,
+            api_server: self.api_server.take(),
+            triggered: mem::take(&mut self.triggered),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::testing::{mk_name, mk_node, mk_service};
+
+    fn applied(object: impl Into<Object>) -> Update {
+        Update::Applied { object: object.into(), problems: Vec::new(), triggered: None }
+    }
+
+    fn pending() -> Pending {
+        Pending::new(&["services", "nodes"], "label".to_owned())
+    }
+
+    #[test]
+    fn nothing_is_delivered_before_every_watch_has_told_its_whole_list() {
+        let mut pending = pending();
+        pending.add(applied(mk_service("web", ["10.0.0.55"])));
+        pending.add(Update::Listed("services"));
+        assert!(!pending.is_due());
+        pending.add(Update::Listed("nodes"));
+        assert!(pending.is_due());
+        assert_eq!(pending.take().events.len(), 1);
+        assert!(!pending.is_due());
+    }
+
+    #[test]
+    fn an_empty_cluster_is_delivered_as_well() {
+        let mut pending = pending();
+        pending.add(Update::Listed("services"));
+        pending.add(Update::Listed("nodes"));
+        assert!(pending.is_due());
+        assert_eq!(pending.take().events, []);
+        assert!(!pending.is_due());
+    }
+
+    #[test]
+    fn of_what_happened_to_an_object_the_last_counts() {
+        let mut pending = pending();
+        pending.add(Update::Listed("services"));
+        pending.add(Update::Listed("nodes"));
+        for address in ["10.0.0.55", "10.0.0.56"] {
+            pending.add(applied(mk_service("web", [address])));
+            pending.add(applied(mk_node("node1", [address])));
+        }
+        let id = ObjectId::Service(mk_name("web"));
+        pending.add(Update::Deleted { id: id.clone(), problems: Vec::new() });
+        let node = mk_node("node1", ["10.0.0.56"]);
+        assert_eq!(pending.take().events, [Event::Delete(id), Event::Apply(node.into())]);
+    }
+}
