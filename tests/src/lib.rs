@@ -4,6 +4,7 @@
 //! Not for the agent's insides: the agent is a program that the lab starts, as a DaemonSet would.
 
 pub mod agent;
+pub mod apiserver;
 pub mod capture;
 pub mod connection;
 pub mod exchange;
