@@ -172,8 +172,8 @@ impl Fault {
         self.kind
     }
 
-    /// One that ends by itself, of lists or watches of Services or EndpointSlices. It may be of a kind that never
-    /// happens to what it is of; then it does nothing.
+    /// One that ends by itself, of Services, EndpointSlices or everything. It may be of a kind that never happens to
+    /// what it is of; then it does nothing.
     pub fn any(random: &mut impl Rng) -> Self {
         let kind = match Kind::ALL[random.random_range(0..Kind::ALL.len())] {
             Kind::Stall { .. } => Kind::Stall { after: random.random_range(0..600) },
