@@ -1,7 +1,5 @@
 //! The map `names`: which Service an id stands for. Pure.
 
-use std::collections::{BTreeMap, BTreeSet};
-
 use proxier_common::{MAX_NAME, NameValue};
 
 use super::Actual;
@@ -50,27 +48,18 @@ fn padded(text: &str) -> [u8; MAX_NAME + 1] {
 }
 
 /// Which id stands for which Service: the one it has, or the lowest that nothing uses.
-pub(super) struct Ids {
-    known: BTreeMap<ServiceKey, u32>,
-    pub(super) used: BTreeSet<u32>,
-    given: BTreeSet<u32>,
+pub(super) struct Ids<'a> {
+    actual: &'a Actual,
+    unused: Box<dyn Iterator<Item = u32> + 'a>,
 }
 
-impl Ids {
-    pub(super) fn new(actual: &Actual) -> Self {
-        let known = actual.names.iter().filter_map(|(id, value)| Some((decode_name(value)?, *id))).collect();
-        Self { known, used: actual.ids(), given: BTreeSet::new() }
+impl<'a> Ids<'a> {
+    pub(super) fn new(actual: &'a Actual) -> Self {
+        Self { actual, unused: Box::new(actual.unused_ids()) }
     }
 
-    pub(super) fn of(&mut self, key: &ServiceKey) -> u32 {
-        if let Some(id) = self.known.get(key) {
-            return *id;
-        }
-        let mut id = 1;
-        while self.used.contains(&id) || self.given.contains(&id) {
-            id += 1;
-        }
-        self.given.insert(id);
-        id
+    /// None if there is no id left.
+    pub(super) fn of(&mut self, key: &ServiceKey) -> Option<u32> {
+        self.actual.id_of(key).or_else(|| self.unused.next())
     }
 }

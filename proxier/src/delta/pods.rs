@@ -1,11 +1,8 @@
 //! Which external addresses lead to a pod: what the map `pods` says. Pure.
 
-use std::collections::{BTreeMap, BTreeSet};
-
 use proxier_common::{Address, PodValue, SERVICE_BALANCE_FLOW};
 
-use super::{Actual, NO_SERVICE};
-use crate::desired::DesiredService;
+use super::Actual;
 
 /// Bits of `SERVICE_*` that a pod has from the external address that leads to it.
 const FLAGS: u32 = SERVICE_BALANCE_FLOW;
@@ -23,6 +20,35 @@ pub(super) enum Leads {
 }
 
 impl Leads {
+    /// Those that there are now; `None` if the pod belongs to no Service.
+    pub(super) fn in_force(pod: Address, actual: &Actual) -> Option<Self> {
+        let mut services = actual.services_of(pod).peekable();
+        services.peek()?;
+        let mut leads = Self::None;
+        for id in services {
+            leads.add_all(actual.externals_of(id).map(|(key, value)| (key.external, value.flags)));
+        }
+        Some(leads)
+    }
+
+    /// Whatever a value of `pods` that was written earlier may stand for.
+    pub(super) fn noted(value: &PodValue) -> Self {
+        if value.external == Address::UNSPECIFIED {
+            Self::Several
+        } else {
+            Self::One(value.external, value.flags)
+        }
+    }
+
+    pub(super) fn add_all(&mut self, externals: impl IntoIterator<Item = (Address, u32)>) {
+        for (external, flags) in externals {
+            if *self == Self::Several {
+                return;
+            }
+            self.add(external, flags);
+        }
+    }
+
     /// Another one, or the same once more: the flags that were named first count.
     fn add(&mut self, external: Address, flags: u32) {
         *self = match *self {
@@ -32,58 +58,23 @@ impl Leads {
         };
     }
 
+    /// What both say.
+    pub(super) fn and(mut self, other: Self) -> Self {
+        match other {
+            Self::None => self,
+            Self::Several => Self::Several,
+            Self::One(external, flags) => {
+                self.add(external, flags);
+                self
+            }
+        }
+    }
+
     /// What `pods` says.
     pub(super) const fn value(self) -> PodValue {
         match self {
             Self::One(external, flags) => PodValue { external, flags, padding: 0 },
             Self::None | Self::Several => PodValue { external: Address::UNSPECIFIED, flags: 0, padding: 0 },
         }
-    }
-}
-
-/// Who leads where: external addresses and pods by Service.
-#[derive(Debug, Default)]
-pub(super) struct Paths {
-    /// Each with its flags; of an address that is there twice the first ones count.
-    externals: BTreeMap<u32, Vec<(Address, u32)>>,
-    pods: BTreeSet<(Address, u32)>,
-}
-
-impl Paths {
-    /// Those that there are now.
-    pub(super) fn in_force(actual: &Actual) -> Self {
-        let mut paths = Self::default();
-        let mut generations = BTreeSet::new();
-        for (key, value) in actual.services.iter().filter(|(_, value)| value.service_id != NO_SERVICE) {
-            paths.externals.entry(value.service_id).or_default().push((key.external, value.flags));
-            generations.insert((value.service_id, value.generation));
-        }
-        paths.pods.extend(actual.members.keys().map(|key| (key.pod, key.service_id)));
-        // Between the end of a membership and the switch that belongs to it, a pod is a backend alone.
-        let backends = actual.backends.iter();
-        let backends = backends.filter(|(key, _)| generations.contains(&(key.service_id, key.generation)));
-        paths.pods.extend(backends.map(|(key, backend)| (backend.pod, key.service_id)));
-        paths
-    }
-
-    /// Adds what Service `id` is to have. Each of its addresses may lead to each of its pods then, those that it has and
-    /// those that it is to have: between the steps that change them there are such moments.
-    pub(super) fn add(&mut self, id: u32, service: &DesiredService) {
-        let flags = super::flags_of(service);
-        let externals = service.externals.iter().map(|external| (Address::from(*external), flags));
-        self.externals.entry(id).or_default().extend(externals);
-        self.pods.extend(service.pods.union(&service.draining).map(|pod| (Address::from(*pod), id)));
-    }
-
-    /// What leads to each pod. One that belongs to a Service without addresses is there as well.
-    pub(super) fn leads(&self) -> BTreeMap<Address, Leads> {
-        let mut leads: BTreeMap<Address, Leads> = BTreeMap::new();
-        for (pod, id) in &self.pods {
-            let of_pod = leads.entry(*pod).or_default();
-            for (external, flags) in self.externals.get(id).into_iter().flatten() {
-                of_pod.add(*external, *flags);
-            }
-        }
-        leads
     }
 }

@@ -124,9 +124,7 @@ pub(super) fn next(id: u32, wanted: Option<&BTreeSet<IpNet>>, room: usize, actua
     let ranges = |generation| -> BTreeSet<SourceRange> {
         wanted.iter().map(|net| SourceRange::new(id, generation, *net)).collect()
     };
-    let addresses = actual.services.values().filter(|value| value.service_id == id);
-    let in_force: BTreeSet<u32> = addresses.map(|value| value.source_generation).collect();
-    // More than one is what an interrupted switch leaves behind.
+    let in_force = generations_in_force(id, actual);
     if let (1, Some(generation)) = (in_force.len(), in_force.first())
         && *generation != EVERYBODY
         && of_generation(id, *generation, actual).eq(&ranges(*generation))
@@ -170,10 +168,13 @@ fn between(first: (u32, u32), last: (u32, u32), actual: &Actual) -> impl Iterato
     actual.sources.range(range(first, Address::UNSPECIFIED, 0)..=range(last, highest, u32::MAX))
 }
 
-/// The ranges that no address asks for.
-pub(super) fn out_of_force(actual: &Actual) -> impl Iterator<Item = SourceRange> {
-    let in_force: BTreeSet<(u32, u32)> =
-        actual.services.values().map(|value| (value.service_id, value.source_generation)).collect();
-    let asked_for = move |key: &SourceKey| in_force.contains(&(key.service_id, key.generation));
-    actual.sources.iter().copied().filter(move |range| !asked_for(&range.key))
+/// More than one is what an interrupted switch leaves behind.
+fn generations_in_force(id: u32, actual: &Actual) -> BTreeSet<u32> {
+    actual.externals_of(id).map(|(_, value)| value.source_generation).collect()
+}
+
+/// The ranges of Service `id` that no address asks for.
+pub(super) fn out_of_force(id: u32, actual: &Actual) -> impl Iterator<Item = SourceRange> {
+    let in_force = generations_in_force(id, actual);
+    of_service(id, actual).copied().filter(move |range| !in_force.contains(&range.key.generation))
 }

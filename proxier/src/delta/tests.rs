@@ -1,8 +1,17 @@
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
 use ipnet::IpNet;
 use proptest::prelude::*;
+use proxier_common::{Address, MAX_SOURCES, SERVICE_IS_NODE, SERVICE_IS_POD};
 
 use super::*;
-use crate::model::{Family, ObjectName};
+use crate::{
+    desired::{Desired, Scope, ServiceKey},
+    model::{Family, ObjectName},
+};
 
 mod ranges;
 
@@ -93,7 +102,7 @@ fn own_addresses(actual: &Actual) -> BTreeMap<IpAddr, u32> {
 /// Every step, carried out as it comes.
 fn steps(desired: &Desired, actual: &Actual) -> Vec<Step> {
     let mut actual = actual.clone();
-    let plan = Plan::new(desired, &actual, false);
+    let plan = Plan::new(desired, &actual, &Scope::All);
     let mut all = Vec::new();
     for task in plan.tasks() {
         for step in plan.steps(*task, &actual) {
@@ -293,7 +302,7 @@ fn a_pod_that_an_interrupted_change_still_leads_to_stays_known() {
     let after = desired([(key("a", Family::V4), service(&["10.0.0.1"], &["11.0.0.2"]))]);
     let mut actual = Actual::default();
     carry_out(&before, &mut actual);
-    let plan = Plan::new(&after, &actual, false);
+    let plan = Plan::new(&after, &actual, &Scope::All);
     for task in plan.tasks() {
         for step in plan.steps(*task, &actual) {
             // The switch fails, after the membership has ended.
@@ -314,7 +323,7 @@ fn a_pod_that_an_interrupted_change_still_leads_to_stays_known() {
 /// Carries out one plan of a kernel that has room for so many source ranges. Returns what does not fit, and whether there
 /// was anything to do.
 fn attempt_with_room(room: usize, desired: &Desired, actual: &mut Actual) -> (Vec<Shortage>, bool) {
-    let plan = Plan { room_for_sources: room, ..Plan::new(desired, actual, false) };
+    let plan = Plan { room_for_sources: room, ..Plan::new(desired, actual, &Scope::All) };
     let (mut shortages, mut busy) = (Vec::new(), false);
     for task in plan.tasks() {
         shortages.extend(plan.shortage(*task, actual));
@@ -498,7 +507,7 @@ proptest! {
             for (key, service) in &desired.services {
                 asked_for.entry(key).or_default().push(&service.sources);
             }
-            let plan = Plan { room_for_sources: room, ..Plan::new(desired, &actual, false) };
+            let plan = Plan { room_for_sources: room, ..Plan::new(desired, &actual, &Scope::All) };
             for task in plan.tasks() {
                 if let (Task::Update(id), Some(_)) = (task, plan.shortage(*task, &actual)) {
                     asked_for.entry(plan.wanted[id].0).or_default().push(&nobody);

@@ -19,14 +19,15 @@ use self::{
     attach::{Method, Role},
     events::Events,
     expiry::Expiry,
+    sweeper::Sweeper,
     tables::Tables,
     uplinks::{Interface, View},
     versions::Version,
 };
 use super::{Sink, Snapshot};
 use crate::{
-    delta::{Actual, Plan},
-    desired::Desired,
+    delta::{Actual, Plan, Step},
+    desired::{Desired, Scope},
     model::Family,
 };
 
@@ -38,6 +39,7 @@ mod expiry;
 pub mod inspect;
 mod preflight;
 mod scan;
+mod sweeper;
 mod tables;
 mod uplinks;
 mod versions;
@@ -50,6 +52,10 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/pr
 
 /// How often the programs are put in their places again.
 const ATTACH_AGAIN: Duration = Duration::from_secs(30);
+
+/// The shortest time from one round of tidying to the next. One begins with a grace period, for which changes wait: 10 to
+/// 20 ms.
+const BETWEEN_TIDYINGS: Duration = Duration::from_millis(500);
 
 /// How the programs are attached to an interface.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -86,9 +92,15 @@ pub struct BpfSink {
     tables: Tables,
     _expiry: Expiry,
     _events: Events,
-    /// What the tables hold; read again whenever a write has failed.
+    sweeper: Sweeper,
+    /// What the tables hold.
     actual: Actual,
-    sweep_due: bool,
+    /// Whether a write has failed, so that they have to be read again.
+    stale: bool,
+    /// Whether some Service may not be as it was last to be.
+    incomplete: bool,
+    /// When it was last tidied up; never before the first plan.
+    tidied_at: Option<Instant>,
     view: watch::Receiver<View>,
     attached: BTreeSet<(Interface, Role)>,
     /// When the programs were last put in their places.
@@ -125,8 +137,8 @@ impl BpfSink {
         let mut tables = Tables::open(&pin_path)?;
         let actual = tables.read()?;
         // A former agent may have been killed between a change and the sweep that belongs to it.
-        tables.sweep(&actual)?;
-        if actual.names.is_empty() {
+        tables.sweep(|_, _| true)?;
+        if actual.has_no_service() {
             tracing::info!(pin_path = %pin_path.display(), "kernel programs are loaded");
         } else {
             tracing::info!(
@@ -135,6 +147,7 @@ impl BpfSink {
                 "kernel programs are loaded; the tables of a former agent are adopted as they are"
             );
         }
+        let sweeper = Sweeper::open(&pin_path, &tables)?;
         let expiry = Expiry::start(&pin_path, &tables)?;
         let events = Events::start(&pin_path)?;
         let named = uplinks.into_iter().collect();
@@ -145,10 +158,13 @@ impl BpfSink {
             method,
             ebpf,
             tables,
+            sweeper,
             _expiry: expiry,
             _events: events,
             actual,
-            sweep_due: false,
+            stale: false,
+            incomplete: true,
+            tidied_at: None,
             view,
             attached: BTreeSet::new(),
             attached_at: Instant::now(),
@@ -164,6 +180,63 @@ impl BpfSink {
         let view = sink.view.borrow_and_update().clone();
         sink.follow(&view);
         Ok(sink)
+    }
+
+    /// Carries out these steps, up to the first that fails.
+    fn execute(&mut self, steps: Vec<Step>) -> anyhow::Result<()> {
+        for step in steps {
+            // The one under way is for a part of the same; and two need not run side by side.
+            if step == Step::Sweep
+                && let Some(ended) = self.sweeper.wait()
+            {
+                self.actual.end_sweep(ended.is_ok());
+            }
+            if let Err(error) = self.tables.execute(&step, &self.actual) {
+                // What was half done is made good by the next plan, which starts from what is really there.
+                self.stale = true;
+                return Err(error.into());
+            }
+            self.actual.apply(&step);
+        }
+        Ok(())
+    }
+
+    /// Reads the tables again if that is due.
+    fn refresh(&mut self) -> anyhow::Result<()> {
+        if self.stale {
+            self.actual.correct(self.tables.read()?);
+            self.stale = false;
+        }
+        Ok(())
+    }
+
+    /// Removes what plans have left behind, and begins to sweep if that is due and no sweep is under way.
+    fn tidy_up(&mut self) -> anyhow::Result<()> {
+        self.tidied_at = Some(Instant::now());
+        self.refresh()?;
+        self.execute(self.actual.retirement())?;
+        self.actual.retired();
+        if self.sweeper.is_busy() {
+            return Ok(());
+        }
+        self.execute(self.actual.freeing())?;
+        if self.actual.is_swept() {
+            return Ok(());
+        }
+        self.execute(self.actual.before_sweep().into_iter().collect())?;
+        let started = self.sweeper.start(self.actual.begin_sweep());
+        if started.is_err() {
+            self.actual.end_sweep(false);
+        }
+        started
+    }
+
+    /// If a sweep has ended, frees the ids for which it was waited.
+    fn look_after_sweep(&mut self) -> anyhow::Result<()> {
+        let Some(ended) = self.sweeper.ended() else { return Ok(()) };
+        self.actual.end_sweep(ended.is_ok());
+        ended.context("flows and sessions of what went stay for now")?;
+        self.execute(self.actual.freeing())
     }
 
     /// Attaches to the interfaces of `view` that lead to clients and lets go of those that do not any more.
@@ -330,30 +403,30 @@ impl BpfSink {
 impl Sink for BpfSink {
     fn apply(&mut self, snapshot: Snapshot<'_>) -> anyhow::Result<()> {
         self.look_after_forwarding(snapshot.desired);
-        let plan = Plan::new(snapshot.desired, &self.actual, self.sweep_due);
+        self.refresh()?;
         let mut failures = Vec::new();
+        if let Err(error) = self.look_after_sweep() {
+            failures.push(format!("{error:#}"));
+        }
+        let scope = if self.incomplete { &Scope::All } else { snapshot.scope };
+        let plan = Plan::new(snapshot.desired, &self.actual, scope);
         let mut shortages = Vec::new();
-        for task in plan.tasks() {
+        for task in plan.pressing() {
             if let Some(shortage) = plan.shortage(*task, &self.actual) {
                 shortages.push(format!("{}: {shortage}", plan.subject(*task, &self.actual)));
             }
-            for step in plan.steps(*task, &self.actual) {
-                match self.tables.execute(&step, &self.actual) {
-                    Ok(()) => self.actual.apply(&step),
-                    Err(error) => {
-                        let error = anyhow::Error::from(error);
-                        failures.push(format!("{}: {error:#}", plan.subject(*task, &self.actual)));
-                        break;
-                    }
-                }
+            if let Err(error) = self.execute(plan.steps(*task, &self.actual)) {
+                failures.push(format!("{}: {error:#}", plan.subject(*task, &self.actual)));
             }
         }
         // Also if some of it failed: the rest is in force, and what is withdrawn must end.
         self.detach_others();
-        self.sweep_due = !failures.is_empty();
-        if !failures.is_empty() {
-            // What was half done is made good by the next plan, which starts from what is really there.
-            self.actual = self.tables.read()?;
+        self.incomplete = !(failures.is_empty() && shortages.is_empty());
+        // What is removed may make the room that was wanting.
+        let is_due = self.incomplete || self.tidied_at.is_none_or(|at| at.elapsed() >= BETWEEN_TIDYINGS);
+        if is_due && let Err(error) = self.tidy_up() {
+            self.incomplete = true;
+            failures.push(format!("what nothing leads to any more: {error:#}"));
         }
         failures.append(&mut shortages);
         if failures.is_empty() {
@@ -377,6 +450,11 @@ impl Sink for BpfSink {
         if self.attached_at.elapsed() >= ATTACH_AGAIN {
             self.attach_again();
             self.look_after_pins();
+        }
+        self.refresh()?;
+        self.look_after_sweep()?;
+        if self.tidied_at.is_some_and(|at| at.elapsed() >= BETWEEN_TIDYINGS) {
+            self.tidy_up().context("what nothing leads to any more stays for now")?;
         }
         Ok(())
     }

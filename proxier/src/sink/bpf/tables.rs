@@ -1,7 +1,7 @@
 //! The pinned maps, with their types: opening, checking, reading and writing them.
 
 use std::{
-    collections::BTreeMap,
+    collections::HashSet,
     io,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
@@ -20,10 +20,10 @@ use aya::{
     sys::SyscallError,
 };
 use proxier_common::{
-    BackendKey, BackendValue, DROP_COUNTERS, EVENT_BYTES, EventBudget, ExternalKey, FlowKey, FlowValue,
-    FragmentKey, FragmentValue, MAX_BACKENDS, MAX_FLOWS, MAX_FRAGMENTS, MAX_SERVICES, MAX_SESSIONS,
-    MAX_SOURCES, MemberKey, MemberValue, NameKey, NameValue, PodKey, PodValue, SCHEMA, STATISTICS,
-    ServiceValue, SessionKey, SessionValue, SourceKey, SourceValue,
+    Address, BackendKey, BackendValue, DROP_COUNTERS, EVENT_BYTES, EventBudget, ExternalKey, FlowKey,
+    FlowValue, FragmentKey, FragmentValue, MAX_BACKENDS, MAX_FLOWS, MAX_FRAGMENTS, MAX_SERVICES,
+    MAX_SESSIONS, MAX_SOURCES, MemberKey, MemberValue, NameKey, NameValue, PodKey, PodValue, SCHEMA,
+    STATISTICS, ServiceValue, SessionKey, SessionValue, SourceKey, SourceValue,
 };
 use thiserror::Error;
 
@@ -404,18 +404,17 @@ impl Tables {
     ///
     /// The kernel refused.
     pub(super) fn read(&self) -> Result<Actual, TableError> {
-        Ok(Actual {
-            services: self.services.entries().collect::<Result<_, _>>()?,
-            backends: self.backends.entries().collect::<Result<_, _>>()?,
-            members: self.members.entries().collect::<Result<_, _>>()?,
-            pods: self.pods.entries().collect::<Result<_, _>>()?,
-            sources: self.sources.entries().collect::<Result<_, _>>()?,
-            names: self
-                .names
-                .entries()
-                .map(|entry| entry.map(|(key, value)| (key.service_id, value)))
-                .collect::<Result<BTreeMap<_, _>, _>>()?,
-        })
+        let services =
+            self.services.entries().map(|entry| entry.map(|(key, value)| Step::PutService(key, value)));
+        let backends =
+            self.backends.entries().map(|entry| entry.map(|(key, value)| Step::PutBackend(key, value)));
+        let members =
+            self.members.entries().map(|entry| entry.map(|(key, value)| Step::PutMember(key, value)));
+        let pods = self.pods.entries().map(|entry| entry.map(|(key, value)| Step::PutPod(key, value)));
+        let sources = self.sources.entries().map(|entry| entry.map(Step::PutSource));
+        let names =
+            self.names.entries().map(|entry| entry.map(|(key, value)| Step::PutName(key.service_id, value)));
+        Actual::read_back(services.chain(backends).chain(members).chain(pods).chain(sources).chain(names))
     }
 
     /// Carries out a step. `actual` is what the tables hold before it.
@@ -440,23 +439,67 @@ impl Tables {
                 grace_period();
                 Ok(())
             }
-            Step::Sweep => self.sweep(actual),
+            Step::Sweep => {
+                let departed = actual.departed();
+                if departed.is_empty() {
+                    return Ok(());
+                }
+                self.sweep(|pod, external| departed.concerns(pod, external))
+            }
             Step::RemoveName(id) => self.names.remove(&NameKey { service_id: *id }),
         }
     }
 
-    /// Removes flows and sessions that nothing keeps.
+    /// Removes flows and sessions that nothing keeps, of those pods and external addresses that are `concerned`.
+    ///
+    /// Asks the maps themselves, at the moment of removing once more: they may be changing meanwhile. What has been found to
+    /// be kept is not asked for again: should it go, that is for the next sweep.
     ///
     /// # Errors
     ///
     /// The kernel refused.
-    pub(super) fn sweep(&mut self, actual: &Actual) -> Result<(), TableError> {
-        let flows = self.flows.retain(|key, flow| actual.keeps(key.pod, flow.external))?;
-        let sessions = self.sessions.retain(|key, session| {
-            actual.keeps(session.pod, key.external) || actual.keeps(session.former, key.external)
+    pub(super) fn sweep(&mut self, concerned: impl Fn(Address, Address) -> bool) -> Result<(), TableError> {
+        let Self { services, members, sessions, flows, .. } = self;
+        let mut kept = HashSet::new();
+        let mut failure = None;
+        let mut stays = |pod: Address, external: Address| {
+            if kept.contains(&(pod, external)) {
+                return true;
+            }
+            let keeps = keeps(services, members, pod, external).unwrap_or_else(|error| {
+                failure = Some(error);
+                true
+            });
+            if keeps {
+                kept.insert((pod, external));
+            }
+            keeps
+        };
+        let flows =
+            flows.retain(|key, flow| !concerned(key.pod, flow.external) || stays(key.pod, flow.external))?;
+        let sessions = sessions.retain(|key, session| {
+            let pods = [session.pod, session.former];
+            !pods.iter().any(|pod| concerned(*pod, key.external))
+                || pods.iter().any(|pod| stays(*pod, key.external))
         })?;
         tracing::debug!(flows, sessions, "flows and sessions of pods and addresses that went are removed");
-        Ok(())
+        failure.map_or(Ok(()), Err)
+    }
+}
+
+/// As [`Actual::keeps`], of what the kernel has at this moment.
+fn keeps(
+    services: &Table<ExternalKey, ServiceValue>,
+    members: &Table<MemberKey, MemberValue>,
+    pod: Address,
+    external: Address,
+) -> Result<bool, TableError> {
+    match services.get(&ExternalKey { external })? {
+        // A pod's or the node's own address.
+        None | Some(ServiceValue { service_id: 0, .. }) => Ok(false),
+        Some(ServiceValue { service_id, .. }) => {
+            Ok(members.get(&MemberKey { pod, service_id, padding: 0 })?.is_some())
+        }
     }
 }
 
