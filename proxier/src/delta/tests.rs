@@ -14,6 +14,7 @@ use crate::{
 };
 
 mod ranges;
+mod scope;
 
 fn key(name: &str, family: Family) -> ServiceKey {
     ServiceKey { service: ObjectName { namespace: "default".into(), name: name.into() }, family }
@@ -450,11 +451,52 @@ fn names_survive_the_round_trip() {
     }
 }
 
+/// The tables say what is desired, and nothing else.
+fn assert_says(desired: &Desired, actual: &Actual) {
+    assert_eq!(in_force(actual), wanted(desired));
+    let members: BTreeSet<(ServiceKey, IpAddr)> = actual
+        .members
+        .keys()
+        .map(|key| (decode_name(&actual.names[&key.service_id]).unwrap(), key.pod.to_ip()))
+        .collect();
+    let expected = desired
+        .services
+        .iter()
+        .flat_map(|(key, service)| service.pods.union(&service.draining).map(|pod| (key.clone(), *pod)));
+    assert_eq!(members, expected.collect());
+    assert_eq!(known_pods(actual), wanted_pods(desired));
+    // A pod that is among both takes new conversations.
+    let mut said = desired.services.clone();
+    for service in said.values_mut() {
+        let DesiredService { pods, draining, .. } = Arc::make_mut(service);
+        draining.retain(|pod| !pods.contains(pod));
+    }
+    assert_eq!(actual.in_force().services, said);
+    for (key, pod) in actual.pods.iter().filter(|(_, pod)| pod.external != Address::UNSPECIFIED) {
+        let of_service = actual.services[&ExternalKey { external: pod.external }].flags;
+        assert_eq!(pod.flags, of_service & SERVICE_BALANCE_FLOW, "{}", key.pod);
+    }
+    let ranges = desired.services.values().flat_map(|service| &service.sources).map(BTreeSet::len);
+    assert_eq!(actual.sources.len(), ranges.sum::<usize>());
+    let mut own: BTreeMap<IpAddr, u32> = members.into_iter().map(|(_, pod)| (pod, SERVICE_IS_POD)).collect();
+    for address in &desired.node_addresses {
+        *own.entry(*address).or_default() |= SERVICE_IS_NODE;
+    }
+    own.retain(|address, _| !wanted(desired).contains_key(address));
+    assert_eq!(own_addresses(actual), own);
+}
+
 /// Any few Services, addresses and pods; an address has one owner, as `desired` sees to. The node has addresses of its own,
 /// some of which are external ones or pods'.
 fn any_desired() -> impl Strategy<Value = Desired> {
+    any_desired_with_pods_in(11..12)
+}
+
+/// The same, with pods in these networks: external addresses are in 10.0.0.0/24.
+fn any_desired_with_pods_in(nets: std::ops::Range<u8>) -> impl Strategy<Value = Desired> {
     let owner = prop::option::of(0..4_usize);
-    let pods = (prop::collection::btree_set(1..6_u8, 0..4), prop::collection::btree_set(1..6_u8, 0..2));
+    let pod = move || (nets.clone(), 1..6_u8).prop_map(|(net, n)| IpAddr::from([net, 0, 0, n]));
+    let pods = (prop::collection::btree_set(pod(), 0..4), prop::collection::btree_set(pod(), 0..2));
     let node = prop::collection::btree_set((10..12_u8, 1..8_u8), 0..4);
     let sources = prop::option::of(prop::collection::btree_set(0..3_u8, 0..3));
     let services = prop::collection::vec((pods, 1..3_u32, any::<bool>(), sources), 4);
@@ -474,8 +516,8 @@ fn any_desired() -> impl Strategy<Value = Desired> {
                 key(&format!("s{index}"), Family::V4),
                 Arc::new(DesiredService {
                     externals,
-                    pods: pods.into_iter().map(|n| IpAddr::from([11, 0, 0, n])).collect(),
-                    draining: draining.into_iter().map(|n| IpAddr::from([11, 0, 0, n])).collect(),
+                    pods,
+                    draining,
                     affinity_timeout: timeout,
                     no_backend: NoBackend::Drop,
                     balance: if flow { Balance::Flow } else { Balance::Client },
@@ -540,35 +582,6 @@ proptest! {
         }
         // With room for all.
         carry_out(last, &mut actual);
-        prop_assert_eq!(in_force(&actual), wanted(last));
-        let members: BTreeSet<(ServiceKey, IpAddr)> = actual
-            .members
-            .keys()
-            .map(|key| (decode_name(&actual.names[&key.service_id]).unwrap(), key.pod.to_ip()))
-            .collect();
-        let expected = last.services.iter().flat_map(|(key, service)| {
-            service.pods.union(&service.draining).map(|pod| (key.clone(), *pod))
-        });
-        prop_assert_eq!(&members, &expected.collect());
-        prop_assert_eq!(known_pods(&actual), wanted_pods(last));
-        // A pod that is among both takes new conversations.
-        let mut said = last.services.clone();
-        for service in said.values_mut() {
-            let DesiredService { pods, draining, .. } = Arc::make_mut(service);
-            draining.retain(|pod| !pods.contains(pod));
-        }
-        prop_assert_eq!(actual.in_force().services, said);
-        for (key, pod) in actual.pods.iter().filter(|(_, pod)| pod.external != Address::UNSPECIFIED) {
-            let of_service = actual.services[&ExternalKey { external: pod.external }].flags;
-            prop_assert_eq!(pod.flags, of_service & SERVICE_BALANCE_FLOW, "{}", key.pod);
-        }
-        let ranges = last.services.values().flat_map(|service| &service.sources).map(BTreeSet::len);
-        prop_assert_eq!(actual.sources.len(), ranges.sum::<usize>());
-        let mut own: BTreeMap<IpAddr, u32> =
-            members.into_iter().map(|(_, pod)| (pod, SERVICE_IS_POD)).collect();
-        for address in last.node_addresses.iter().filter(|address| !wanted(last).contains_key(address)) {
-            *own.entry(*address).or_default() |= SERVICE_IS_NODE;
-        }
-        prop_assert_eq!(own_addresses(&actual), own);
+        assert_says(last, &actual);
     }
 }

@@ -1,0 +1,254 @@
+//! Plans about what has changed alone, and what they leave for later.
+
+use super::*;
+
+/// The Services in which two states differ.
+fn difference(before: &Desired, after: &Desired) -> Scope {
+    let keys = before.services.keys().chain(after.services.keys());
+    Scope::Only(keys.filter(|key| before.services.get(key) != after.services.get(key)).cloned().collect())
+}
+
+/// What a pod has talked through an external address.
+#[derive(Default)]
+struct Conversation {
+    /// The Service that had both.
+    service_id: u32,
+    /// The plan in which the pod left it.
+    pod_left: Option<usize>,
+    /// The plan in which it lost the external address.
+    external_left: Option<usize>,
+}
+
+/// Tables with packets: whoever can speak to a pod does.
+#[derive(Default)]
+struct Node {
+    actual: Actual,
+    conversations: BTreeMap<(Address, Address), Conversation>,
+    /// How many plans there have been.
+    plans: usize,
+}
+
+impl Node {
+    /// Carries out a step, unless it would hand conversations of one pod, or of one owner of an address, to another.
+    fn apply(&mut self, step: &Step) {
+        let Self { actual, conversations, plans } = self;
+        let of_pod =
+            |pod: Address| move |((other, _), _): &(&(Address, Address), &mut Conversation)| *other == pod;
+        let of_external = |external: Address| {
+            move |((_, other), _): &(&(Address, Address), &mut Conversation)| *other == external
+        };
+        let before = |plan: Option<usize>| plan.is_some_and(|plan| plan < *plans);
+        match step {
+            Step::PutMember(key, _) if !actual.is_member(key.pod, key.service_id) => {
+                let inherited =
+                    conversations.iter_mut().filter(of_pod(key.pod)).any(|(_, talk)| before(talk.pod_left));
+                assert!(!inherited, "{} is given conversations of a former pod", key.pod);
+            }
+            Step::RemoveMember(key) => {
+                let talks = conversations.iter_mut().filter(of_pod(key.pod));
+                for (_, talk) in talks.filter(|(_, talk)| talk.service_id == key.service_id) {
+                    talk.pod_left.get_or_insert(*plans);
+                }
+            }
+            Step::PutService(ExternalKey { external }, ServiceValue { service_id, .. })
+                if owner(actual, *external) != *service_id =>
+            {
+                for (_, talk) in conversations.iter_mut().filter(of_external(*external)) {
+                    let inherited = *service_id != NO_SERVICE && before(talk.external_left);
+                    assert!(!inherited, "{external} comes back with conversations");
+                    talk.external_left.get_or_insert(*plans);
+                }
+            }
+            Step::RemoveService(ExternalKey { external }) => {
+                for (_, talk) in conversations.iter_mut().filter(of_external(*external)) {
+                    talk.external_left.get_or_insert(*plans);
+                }
+            }
+            Step::RemoveName(id) => {
+                let left = conversations.values().any(|talk| talk.service_id == *id);
+                assert!(!left, "id {id} is freed before its conversations are gone");
+            }
+            _ => {}
+        }
+        if *step == Step::Sweep {
+            let departed = actual.departed();
+            self.sweep(&departed);
+        }
+        self.actual.apply(step);
+        assert_consistent(&self.actual);
+        self.talk();
+    }
+
+    /// Ends what `departed` is about and is not kept.
+    fn sweep(&mut self, departed: &Departed) {
+        let Self { actual, conversations, .. } = self;
+        conversations.retain(|(pod, external), _| {
+            !departed.concerns(*pod, *external) || actual.keeps(*pod, *external)
+        });
+    }
+
+    /// Everybody who can speaks to each pod.
+    fn talk(&mut self) {
+        let Self { actual, conversations, .. } = self;
+        for (key, ServiceValue { service_id, .. }) in &actual.services {
+            for (pod, _) in actual.members_of(*service_id) {
+                // Kept by pod and address, whichever Service they were of.
+                let talk = conversations.entry((pod, key.external)).or_default();
+                *talk = Conversation { service_id: *service_id, ..Conversation::default() };
+            }
+        }
+    }
+
+    /// As the sink does now and then: all that is left but conversations. Returns whether all of it was done.
+    fn tidy_up(&mut self, mut fails: impl FnMut() -> bool) -> bool {
+        for step in self.actual.retirement() {
+            if fails() {
+                return false;
+            }
+            self.apply(&step);
+        }
+        self.actual.retired();
+        true
+    }
+
+    /// Begins to sweep beside further plans. What is kept at that time is not what it finds.
+    fn begin_sweep(&mut self) -> Option<Vec<(Address, Address)>> {
+        if self.actual.is_swept() {
+            return None;
+        }
+        if let Some(step) = self.actual.before_sweep() {
+            self.apply(&step);
+        }
+        let departed = self.actual.begin_sweep();
+        let found = self.conversations.keys().filter(|(pod, external)| {
+            departed.concerns(*pod, *external) && !self.actual.keeps(*pod, *external)
+        });
+        Some(found.copied().collect())
+    }
+
+    fn end_sweep(&mut self, found: &[(Address, Address)], worked: bool) {
+        for (pod, external) in found.iter().filter(|_| worked) {
+            if !self.actual.keeps(*pod, *external) {
+                self.conversations.remove(&(*pod, *external));
+            }
+        }
+        self.actual.end_sweep(worked);
+        for step in self.actual.freeing() {
+            self.apply(&step);
+        }
+    }
+
+    /// Carries out `tasks`. Returns whether all of it was done.
+    fn carry_out(&mut self, plan: &Plan<'_>, tasks: &[Task], mut fails: impl FnMut() -> bool) -> bool {
+        let mut worked = true;
+        for task in tasks {
+            for step in plan.steps(*task, &self.actual) {
+                // Pods do not wait for a sweep that fails.
+                if !matches!(step, Step::Grace | Step::Sweep) && fails() {
+                    worked = false;
+                    break;
+                }
+                self.apply(&step);
+            }
+        }
+        worked
+    }
+}
+
+fn owner(actual: &Actual, external: Address) -> u32 {
+    actual.services.get(&ExternalKey { external }).map_or(NO_SERVICE, |value| value.service_id)
+}
+
+/// What the tables say, whatever the ids and generations.
+fn said(actual: &Actual) -> impl PartialEq + std::fmt::Debug + use<> {
+    let counts = [actual.backends.len(), actual.members.len(), actual.sources.len(), actual.names.len()];
+    (actual.in_force(), actual.pods.clone(), own_addresses(actual), counts)
+}
+
+/// A mirror whose indexes were built from the tables at once.
+fn rebuilt(actual: &Actual) -> Actual {
+    let Actual { services, backends, members, pods, sources, names, .. } = actual;
+    let steps = (names.iter().map(|(id, value)| Step::PutName(*id, *value)))
+        .chain(sources.iter().copied().map(Step::PutSource))
+        .chain(pods.iter().map(|(key, value)| Step::PutPod(*key, *value)))
+        .chain(members.iter().map(|(key, value)| Step::PutMember(*key, *value)))
+        .chain(backends.iter().map(|(key, value)| Step::PutBackend(*key, *value)))
+        .chain(services.iter().map(|(key, value)| Step::PutService(*key, *value)));
+    Actual::read_back(steps.map(Ok::<_, std::convert::Infallible>)).unwrap()
+}
+
+/// What a plan with this scope ends in, once everything is tidied up.
+fn outcome(desired: &Desired, scope: &Scope, actual: &Actual) -> Actual {
+    let mut actual = actual.clone();
+    let plan = Plan::new(desired, &actual, scope);
+    for task in plan.tasks() {
+        for step in plan.steps(*task, &actual) {
+            actual.apply(&step);
+            assert_consistent(&actual);
+        }
+    }
+    actual
+}
+
+proptest! {
+    /// Whatever changes, whichever write fails, and whenever it is tidied up and swept meanwhile.
+    #[test]
+    fn plans_about_what_has_changed_end_as_those_about_everything_and_nobody_inherits_a_conversation(
+        states in prop::collection::vec((any_desired_with_pods_in(10..12), any::<[bool; 5]>()), 1..8),
+        failures in prop::collection::vec(prop::bool::weighted(0.03), 200),
+    ) {
+        let mut failures = failures.into_iter().cycle();
+        let mut fails = || failures.next() == Some(true);
+        let mut node = Node::default();
+        let mut sweep: Option<Vec<(Address, Address)>> = None;
+        let nothing = Desired::default();
+        let (mut before, mut worked) = (&nothing, true);
+        for (desired, [tidies, sweeps, ends, ends_well, restarts]) in &states {
+            node.plans += 1;
+            let scope = if worked { difference(before, desired) } else { Scope::All };
+            let in_one_go = outcome(desired, &scope, &node.actual);
+            assert_says(desired, &in_one_go);
+            prop_assert_eq!(said(&in_one_go), said(&outcome(desired, &Scope::All, &node.actual)));
+
+            let plan = Plan::new(desired, &node.actual, &scope);
+            let tasks = if *tidies { plan.tasks() } else { plan.pressing() };
+            worked = node.carry_out(&plan, tasks, &mut fails);
+            if *tidies {
+                worked &= node.tidy_up(&mut fails);
+            }
+            if *ends && let Some(found) = sweep.take() {
+                node.end_sweep(&found, *ends_well);
+            }
+            if *sweeps && sweep.is_none() {
+                sweep = node.begin_sweep();
+            }
+            if !worked || *restarts {
+                let read = rebuilt(&node.actual);
+                node.actual.correct(read);
+            }
+            before = desired;
+        }
+        // Nothing fails any more, and nothing is left for later.
+        node.plans += 1;
+        let scope = if worked { difference(before, before) } else { Scope::All };
+        let plan = Plan::new(before, &node.actual, &scope);
+        prop_assert!(node.carry_out(&plan, plan.pressing(), || false));
+        prop_assert!(node.tidy_up(|| false));
+        if let Some(found) = sweep {
+            node.end_sweep(&found, true);
+        }
+        if let Some(found) = node.begin_sweep() {
+            node.end_sweep(&found, true);
+        }
+        for step in node.actual.freeing() {
+            node.apply(&step);
+        }
+        assert_says(before, &node.actual);
+        prop_assert_eq!(node.actual.names.len(), before.services.len());
+        for ((pod, external), _) in &node.conversations {
+            prop_assert!(node.actual.keeps(*pod, *external), "{} by {} goes on", pod, external);
+        }
+        prop_assert_eq!(&rebuilt(&node.actual), &node.actual);
+        prop_assert_eq!(node.actual.retirement(), []);
+    }
+}
