@@ -211,8 +211,8 @@ impl<'a> Agent<'a> {
         self.synced = true;
         for event in batch.events {
             match event {
-                Event::Apply(object) => self.catalog.apply(object),
-                Event::Delete(id) => self.catalog.delete(&id),
+                Event::Apply(object) => drop(self.catalog.apply(object)),
+                Event::Delete(id) => drop(self.catalog.delete(&id)),
             }
         }
         if let Some(problems) = batch.problems {

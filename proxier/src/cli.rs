@@ -18,7 +18,7 @@ use ipnet::IpNet;
 
 use crate::{
     app::{self, Machine, Shutdown, Until},
-    desired::{NoBackend, Settings},
+    desired::{ExternalCidr, NoBackend, Settings},
     model::NodeName,
     observe::{
         log::{self, LogFormat},
@@ -165,15 +165,33 @@ struct ToJsonArgs {
 /// Which external addresses count.
 #[derive(Debug, Args)]
 struct ExternalArgs {
-    /// Take external addresses inside this range only; repeatable [default: any]
+    /// Take external addresses inside this range only, with NAMESPACE= for Services of that namespace alone; the most
+    /// specific range that holds an address decides; repeatable [default: any]
     #[arg(
         long = "external-cidr",
         env = "PROXIER_EXTERNAL_CIDR",
+        value_name = "[NAMESPACE=]CIDR",
+        value_delimiter = ','
+    )]
+    external_cidrs: Vec<ExternalCidr>,
+    /// Take no external address inside this network, which is the cluster's own: its pods', its Services'; repeatable
+    #[arg(
+        long = "cluster-cidr",
+        env = "PROXIER_CLUSTER_CIDR",
         value_name = "CIDR",
         value_delimiter = ',',
         value_parser = cidr
     )]
-    external_cidrs: Vec<IpNet>,
+    cluster_cidrs: Vec<IpNet>,
+    /// Take no more external addresses than this for the Services of a namespace together, the oldest Services' first
+    /// [default: any number]
+    #[arg(
+        long,
+        env = "PROXIER_MAX_ADDRESSES_PER_NAMESPACE",
+        value_name = "N",
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
+    max_addresses_per_namespace: Option<u32>,
     /// Leave spec.externalIPs alone
     #[arg(long, env = "PROXIER_NO_EXTERNAL_IPS", value_parser = BoolishValueParser::new())]
     no_external_ips: bool,
@@ -411,6 +429,8 @@ fn cidr(text: &str) -> Result<IpNet, String> {
 fn settings(node: NodeName, externals: ExternalArgs) -> Settings {
     Settings {
         external_cidrs: externals.external_cidrs,
+        cluster_cidrs: externals.cluster_cidrs,
+        max_externals_per_namespace: externals.max_addresses_per_namespace,
         external_ips: !externals.no_external_ips,
         load_balancer_ips: !externals.no_load_balancer_ips,
         ..Settings::new(node)

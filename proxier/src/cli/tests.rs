@@ -13,8 +13,8 @@ fn the_grammar_has_no_contradictions() {
 fn source_and_sink_are_read_with_their_flags() {
     let cli = parse(
         "proxier file --input /m --service-proxy-name p --node-name n to-bpf --uplink eth0 --uplink eth1,eth2 \
-         --pin-path /p --attach clsact --external-cidr 10.0.0.0/8 --external-cidr 1000::/16 --no-backend pass \
-         --log-format json",
+         --pin-path /p --attach clsact --external-cidr 10.0.0.0/8 --external-cidr 1000::/16,voip=10.0.1.0/24 --no-backend pass \
+         --cluster-cidr 10.96.0.0/12,10.244.0.0/16 --max-addresses-per-namespace 4 --log-format json",
     );
     assert_eq!(cli.log_format, LogFormat::Json);
     let Command::File(file) = cli.command else { panic!("{cli:?}", cli = cli.command) };
@@ -26,7 +26,11 @@ fn source_and_sink_are_read_with_their_flags() {
     assert_eq!(sink.pin.pin_path, PathBuf::from("/p"));
     assert_eq!(sink.attach, AttachMode::Clsact);
     assert_eq!(sink.no_backend, NoBackend::Pass);
-    assert_eq!(sink.externals.external_cidrs.len(), 2);
+    let settings = settings(NodeName::new("n"), sink.externals);
+    let ranges: Vec<_> = settings.external_cidrs.iter().map(ToString::to_string).collect();
+    assert_eq!(ranges, ["10.0.0.0/8", "1000::/16", "voip=10.0.1.0/24"]);
+    assert_eq!(settings.cluster_cidrs, ["10.96.0.0/12", "10.244.0.0/16"].map(|cidr| cidr.parse().unwrap()));
+    assert_eq!(settings.max_externals_per_namespace, Some(4));
 }
 
 #[test]
@@ -37,6 +41,7 @@ fn without_flags_both_kinds_of_external_addresses_count_everywhere() {
     assert_eq!(sink.no_backend, NoBackend::Drop);
     let settings = settings(NodeName::new("n"), sink.externals);
     assert!(settings.external_ips && settings.load_balancer_ips && settings.external_cidrs.is_empty());
+    assert!(settings.cluster_cidrs.is_empty() && settings.max_externals_per_namespace.is_none());
 }
 
 #[test]
@@ -108,6 +113,9 @@ fn what_is_not_understood_is_a_usage_error() {
         "proxier file --input /m",
         "proxier file --input /m to-bpf --no-backend maybe",
         "proxier file --input /m to-bpf --external-cidr 10.0.0.300/8",
+        "proxier file --input /m to-bpf --external-cidr VoIP=10.0.0.0/8",
+        "proxier file --input /m to-bpf --cluster-cidr voip=10.0.0.0/8",
+        "proxier file --input /m to-bpf --max-addresses-per-namespace 0",
         "proxier file --input /m to-bpf --uplink eth0/1",
         "proxier --log-level loud=x=y get services",
         "proxier get pods",
@@ -124,4 +132,21 @@ fn the_hosts_name_stands_in_for_the_nodes() {
     let host = node_name(Some(String::new())).unwrap();
     assert_eq!(host.as_str(), host.as_str().to_lowercase());
     assert!(!host.as_str().is_empty());
+}
+
+#[test]
+fn a_wrong_range_is_refused_with_the_flag_and_what_to_write() {
+    for (flag, says) in [
+        ("--external-cidr voip=10.0.0.5", "write address/length, such as 192.0.2.0/24"),
+        (
+            "--external-cidr VoIP=10.0.0.0/8",
+            "\"VoIP\" is not a namespace's name: write up to 63 lower-case letters",
+        ),
+        ("--cluster-cidr voip=10.0.0.0/8", "write address/length, such as 192.0.2.0/24"),
+    ] {
+        let line = format!("proxier file --input /m to-bpf {flag}");
+        let error = Cli::try_parse_from(line.split_whitespace()).unwrap_err().to_string();
+        let name = flag.split(' ').next().unwrap();
+        assert!(error.contains(name) && error.contains(says), "{error}");
+    }
 }

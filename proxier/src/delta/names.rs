@@ -1,5 +1,7 @@
 //! The map `names`: which Service an id stands for. Pure.
 
+use std::sync::Arc;
+
 use proxier_common::{MAX_NAME, NameValue};
 
 use super::Actual;
@@ -24,9 +26,9 @@ pub fn encode_name(key: &ServiceKey) -> NameValue {
 /// The Service that an entry of `names` stands for; `None` if it is not one that [`encode_name`] wrote.
 #[must_use]
 pub fn decode_name(value: &NameValue) -> Option<ServiceKey> {
-    let text = |bytes: &[u8]| {
+    let text = |bytes: &[u8]| -> Option<Arc<str>> {
         let end = bytes.iter().position(|byte| *byte == 0)?;
-        std::str::from_utf8(&bytes[..end]).ok().map(ToOwned::to_owned)
+        std::str::from_utf8(&bytes[..end]).ok().map(Into::into)
     };
     Some(ServiceKey {
         service: ObjectName { namespace: text(&value.namespace)?, name: text(&value.name)? },

@@ -1,7 +1,7 @@
 //! What this node should have: external addresses, each with the pods on this node that may answer for it.
 //!
-//! Pure: a function of the catalog, the node and the settings. Not for how the kernel's tables say it: that is
-//! `delta` and `sink::bpf`.
+//! Pure: a function of the objects, the node and the settings, which [`State`] keeps up to date at the price of what
+//! changed. Not for how the kernel's tables say it: that is `delta` and `sink::bpf`.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,12 +13,23 @@ use ipnet::IpNet;
 
 use crate::{
     catalog::Catalog,
-    model::{Family, NodeName, ObjectId, ObjectName, Problem, Service, ServiceType, Severity, Subject},
+    model::{Family, NodeName, ObjectName, Problem},
 };
 
-pub mod ownership;
+mod complaints;
+mod counted;
+mod external_cidr;
+mod networks;
+mod ownership;
 mod policy;
 pub mod select;
+mod state;
+mod taken;
+
+pub use self::{
+    external_cidr::{ExternalCidr, NotAnExternalCidr},
+    state::{Changed, State},
+};
 
 /// One Service in one address family: what shares backends, sessions and an id in the kernel.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -117,7 +128,7 @@ pub struct LocalAddresses {
     pub attracting: BTreeSet<IpAddr>,
 }
 
-/// What the command line says about it.
+/// What the command line says about it, and what is known about this node beside the objects.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// This node's name, as EndpointSlices write it.
@@ -128,8 +139,14 @@ pub struct Settings {
     pub local_addresses: LocalAddresses,
     /// Whether the node's own processes are clients, as everybody else.
     pub node_clients: bool,
-    /// Where external addresses may lie; anywhere if there is none.
-    pub external_cidrs: Vec<IpNet>,
+    /// The API server's addresses, as this node reaches it: no Service may have them.
+    pub api_server_addresses: BTreeSet<IpAddr>,
+    /// Networks of the cluster itself, its pods' and Services': no external address lies there.
+    pub cluster_cidrs: Vec<IpNet>,
+    /// Where external addresses may lie, and whose; anywhere and anybody's if there is none.
+    pub external_cidrs: Vec<ExternalCidr>,
+    /// How many addresses the Services of a namespace may have together.
+    pub max_externals_per_namespace: Option<u32>,
     /// Whether `spec.externalIPs` count.
     pub external_ips: bool,
     /// Whether `status.loadBalancer.ingress` counts.
@@ -145,161 +162,30 @@ impl Settings {
             no_backend: NoBackend::Drop,
             local_addresses: LocalAddresses { identities: BTreeSet::new(), attracting: BTreeSet::new() },
             node_clients: false,
+            api_server_addresses: BTreeSet::new(),
+            cluster_cidrs: Vec::new(),
             external_cidrs: Vec::new(),
+            max_externals_per_namespace: None,
             external_ips: true,
             load_balancer_ips: true,
         }
     }
 }
 
-/// Works out what this node should have, and what of it cannot be.
+/// Works out from nothing what this node should have, and what of it cannot be.
 ///
-/// The result depends on the objects in the catalog only, not on the order in which they came.
+/// The result depends on the objects in the catalog only, not on the order in which they came. Whoever follows changes
+/// keeps a [`State`] instead.
 #[must_use]
 pub fn compute(catalog: &Catalog, settings: &Settings) -> (Desired, Vec<Problem>) {
-    let mut problems = Vec::new();
-    let mut claims = Vec::new();
-    for service in catalog.services() {
-        if may_be_served(service, &mut problems) {
-            claims.extend(ownership::claims(service, settings, &mut problems));
-        }
+    let mut state = State::new(settings.clone());
+    for object in catalog.objects() {
+        state.apply(object);
     }
-    let owned = ownership::settle(claims, catalog, settings, &mut problems);
-
-    let mut desired = Desired { node_addresses: node_addresses(settings), ..Desired::default() };
-    for (service, externals) in owned {
-        problems.extend(without_endpoints(catalog, service, settings));
-        let balance = policy::balance(service, &mut problems);
-        for family in Family::ALL {
-            let externals: BTreeSet<_> =
-                externals.iter().copied().filter(|address| Family::of(*address) == family).collect();
-            if externals.is_empty() {
-                continue;
-            }
-            let select::LocalPods { pods, draining } =
-                select::local_pods(catalog, &service.name, family, &settings.node);
-            if pods.is_empty() {
-                problems.extend(wrong_family(catalog, service, family, &externals));
-            }
-            desired.services.insert(
-                ServiceKey { service: service.name.clone(), family },
-                Arc::new(DesiredService {
-                    externals,
-                    pods,
-                    draining,
-                    affinity_timeout: service.affinity_timeout(),
-                    no_backend: settings.no_backend,
-                    balance,
-                    sources: policy::sources(service, family, &mut problems),
-                }),
-            );
-        }
-    }
-    problems.extend(unknown_node(catalog, &settings.node));
+    state.refresh();
+    let mut problems: Vec<_> = state.problems().cloned().collect();
     problems.sort();
-    (desired, problems)
-}
-
-/// Addresses from which a process of the node can speak to an external one.
-fn node_addresses(settings: &Settings) -> BTreeSet<IpAddr> {
-    if !settings.node_clients {
-        return BTreeSet::new();
-    }
-    let LocalAddresses { identities, attracting } = &settings.local_addresses;
-    identities.union(attracting).copied().filter(|address| ownership::is_routable(*address)).collect()
-}
-
-/// Whether proxier can do what the Service asks for. What it cannot do must not be left out silently.
-fn may_be_served(service: &Service, problems: &mut Vec<Problem>) -> bool {
-    if service.service_type == ServiceType::ExternalName {
-        problems.push(
-            Problem::new(
-                Severity::Warning,
-                Subject::Object(ObjectId::Service(service.name.clone())),
-                "is a DNS alias without pods: none of its addresses is taken",
-                "give it another type",
-            )
-            .in_field("spec.type", service.service_type.to_string()),
-        );
-        return false;
-    }
-    true
-}
-
-/// More names than this are no help.
-const MAX_NODE_NAMES: usize = 5;
-
-/// If nothing speaks of this node, says so: with a slip in its name all goes well, and no pod is ever local.
-fn unknown_node(catalog: &Catalog, node: &NodeName) -> Option<Problem> {
-    let nodes = || catalog.nodes().map(|node| &node.name);
-    let of_endpoints = || {
-        let endpoints = catalog.slices().flat_map(|slice| &slice.endpoints);
-        endpoints.filter_map(|endpoint| endpoint.node.as_ref())
-    };
-    if nodes().chain(of_endpoints()).any(|known| known == node) {
-        return None;
-    }
-    let known: BTreeSet<&NodeName> = nodes().chain(of_endpoints()).collect();
-    if known.is_empty() {
-        return None;
-    }
-    let mut names: Vec<_> = known.iter().take(MAX_NODE_NAMES).map(|name| name.as_str()).collect();
-    if known.len() > names.len() {
-        names.push("...");
-    }
-    // Without Nodes, this one may just have no pod.
-    let severity = if nodes().next().is_some() { Severity::Warning } else { Severity::Info };
-    Some(Problem::new(
-        severity,
-        Subject::Object(ObjectId::Node(node.clone())),
-        "is this node's name, and no Node and no endpoint has it: no pod is local",
-        format!("check --node-name (NODE_NAME); names that there are: {}", names.join(", ")),
-    ))
-}
-
-/// If no node has a pod of the Service, says so: that its pods are on other nodes, or about to start, is no mistake.
-fn without_endpoints(catalog: &Catalog, service: &Service, settings: &Settings) -> Option<Problem> {
-    if catalog.slices_of(&service.name).any(|slice| !slice.endpoints.is_empty()) {
-        return None;
-    }
-    let happens = match settings.no_backend {
-        NoBackend::Drop => "dropped",
-        NoBackend::Pass => "left to the rest of the node",
-    };
-    let ObjectName { namespace, name } = &service.name;
-    Some(Problem::new(
-        Severity::Warning,
-        Subject::Object(ObjectId::Service(service.name.clone())),
-        format!("has no endpoint on any node: packets for its external addresses are {happens}"),
-        format!(
-            "check that its selector matches pods, or write an EndpointSlice in namespace {namespace} with the label \
-             kubernetes.io/service-name: {name}"
-        ),
-    ))
-}
-
-/// If the Service has pods, but of the other family alone, says so: the usual cause is a single-stack Service.
-fn wrong_family(
-    catalog: &Catalog,
-    service: &Service,
-    family: Family,
-    externals: &BTreeSet<IpAddr>,
-) -> Option<Problem> {
-    let mut slices = catalog.slices_of(&service.name).filter(|slice| !slice.endpoints.is_empty()).peekable();
-    let other = slices.peek()?.family;
-    if slices.any(|slice| slice.family == family) {
-        return None;
-    }
-    let addresses: Vec<_> = externals.iter().map(ToString::to_string).collect();
-    Some(
-        Problem::new(
-            Severity::Warning,
-            Subject::Object(ObjectId::Service(service.name.clone())),
-            format!("has no pod to go to: the Service's pods have {other} addresses only"),
-            format!("set spec.ipFamilyPolicy to PreferDualStack, or take the {family} address away"),
-        )
-        .in_field(format!("the external {family} address"), addresses.join(", ")),
-    )
+    (state.into_desired(), problems)
 }
 
 #[cfg(test)]

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 
 use ipnet::IpNet;
 
-use super::Balance;
-use crate::model::{Family, ObjectId, Problem, Service, SessionAffinity, Severity, Subject};
+use super::{Balance, complaints::warning};
+use crate::model::{Family, Problem, ProblemKind, Service, SessionAffinity};
 
 /// An annotation of a Service: what stays on one pod.
 const BALANCE_ANNOTATION: &str = "proxier.io/balance";
@@ -27,11 +27,9 @@ pub(super) fn sources(
         problems.push(
             warning(
                 service,
-                &format!("names no {family} network: nobody may send to the external {family} addresses"),
-                &format!(
-                    "add one ({} for everybody), or take the {family} addresses away",
-                    everybody(family)
-                ),
+                ProblemKind::NoClientAdmitted,
+                format!("names no {family} network: nobody may send to the external {family} addresses"),
+                format!("add one ({} for everybody), or take the {family} addresses away", everybody(family)),
             )
             .in_whole_field("spec.loadBalancerSourceRanges"),
         );
@@ -52,7 +50,7 @@ pub(super) fn balance(service: &Service, problems: &mut Vec<Problem>) -> Balance
     let Some(value) = service.annotations.get(BALANCE_ANNOTATION) else {
         return Balance::Client;
     };
-    let (reason, next_step) = match (value.as_str(), service.session_affinity) {
+    let (reason, next_step) = match (value, service.session_affinity) {
         ("client", _) => return Balance::Client,
         ("flow", SessionAffinity::None) => return Balance::Flow,
         ("flow", SessionAffinity::ClientIp { .. }) => (
@@ -62,13 +60,8 @@ pub(super) fn balance(service: &Service, problems: &mut Vec<Problem>) -> Balance
         _ => ("is not a way to balance: a client stays on its pod", "write client or flow"),
     };
     problems.push(
-        warning(service, reason, next_step)
+        warning(service, ProblemKind::Invalid, reason, next_step)
             .in_field(format!("metadata.annotations[{BALANCE_ANNOTATION}]"), value),
     );
     Balance::Client
-}
-
-fn warning(service: &Service, reason: &str, next_step: &str) -> Problem {
-    let subject = Subject::Object(ObjectId::Service(service.name.clone()));
-    Problem::new(Severity::Warning, subject, reason, next_step)
 }

@@ -127,8 +127,9 @@ mod tests {
 
     #[test]
     fn every_address_of_an_endpoint_counts_not_the_first_alone() {
-        let mut endpoint = mk_endpoint("11.0.2.2", "node1");
-        endpoint.addresses.push("11.0.2.3".parse().unwrap());
+        let addresses = ["11.0.2.2", "11.0.2.3"].map(|address| address.parse().unwrap());
+        let endpoint =
+            Endpoint { addresses: addresses.into_iter().collect(), ..mk_endpoint("11.0.2.2", "node1") };
         assert_eq!(pods([endpoint]), ["11.0.2.2", "11.0.2.3"]);
     }
 

@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::model::{
-    Endpoint, Object, SessionAffinity,
+    Endpoint, Object, Service, ServiceType, SessionAffinity, Severity,
     testing::{mk_endpoint, mk_name, mk_node, mk_service, mk_slice},
 };
 
@@ -18,7 +18,7 @@ fn key(name: &str, family: Family) -> ServiceKey {
     ServiceKey { service: mk_name(name), family }
 }
 
-fn addresses(list: &[&str]) -> BTreeSet<IpAddr> {
+pub(super) fn addresses(list: &[&str]) -> BTreeSet<IpAddr> {
     list.iter().map(|address| address.parse().unwrap()).collect()
 }
 
@@ -86,7 +86,9 @@ fn a_service_without_any_endpoint_is_reported_once_with_what_becomes_of_its_pack
     let objects: [Object; 2] =
         [mk_service("web", ["10.0.0.55", "1000::55"]).into(), mk_slice("web-4", "web", []).into()];
     let mut catalog = Catalog::default();
-    objects.into_iter().for_each(|object| catalog.apply(object));
+    for object in objects {
+        catalog.apply(object);
+    }
     for (no_backend, becomes) in
         [(NoBackend::Drop, "are dropped"), (NoBackend::Pass, "are left to the rest of the node")]
     {
@@ -196,8 +198,7 @@ fn the_annotation_says_what_stays_on_one_pod_unless_it_is_nonsense_or_contradict
             Some("\"random\" is not a way to balance: a client stays on its pod; write client or flow"),
         ),
     ] {
-        let annotations =
-            annotation.map(|value| ("proxier.io/balance".to_owned(), value.to_owned())).into_iter().collect();
+        let annotations = annotation.map(|value| ("proxier.io/balance", value)).into_iter().collect();
         let web = Service { annotations, session_affinity, ..mk_service("web", ["10.0.0.55"]) };
         let slice = mk_slice("web-4", "web", [mk_endpoint("11.0.2.2", "node1")]);
         let (desired, problems) = desired([web.into(), slice.into()]);

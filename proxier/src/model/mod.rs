@@ -2,31 +2,41 @@
 //! Kubernetes types: `source` converts.
 
 mod endpoint;
+mod labels;
 mod node;
 mod problem;
 mod service;
 #[cfg(test)]
 pub(crate) mod testing;
 
-use std::{fmt, net::IpAddr};
+use std::{fmt, net::IpAddr, sync::Arc};
 
 pub use self::{
-    endpoint::{Endpoint, EndpointPort, EndpointSlice},
+    endpoint::{Addresses, Endpoint, EndpointPort, EndpointSlice},
+    labels::Labels,
     node::{Node, NodeName},
-    problem::{Place, Problem, Severity, Subject},
+    problem::{Place, Problem, ProblemKind, Severity, Subject},
     service::{
         CreationTime, DEFAULT_AFFINITY_TIMEOUT_SECONDS, IpMode, LoadBalancerIngress, Protocol, Service,
         ServicePort, ServiceType, SessionAffinity, TargetPort, TrafficPolicy,
     },
 };
 
-/// Namespace and name of an object.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+/// Namespace and name of an object. Clones share both.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ObjectName {
     /// The namespace; `default` where a manifest names none.
-    pub namespace: String,
+    pub namespace: Arc<str>,
     /// The name.
-    pub name: String,
+    pub name: Arc<str>,
+}
+
+impl ObjectName {
+    /// Takes any strings: the API server has checked them.
+    #[must_use]
+    pub fn new(namespace: impl Into<Arc<str>>, name: impl Into<Arc<str>>) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
 }
 
 impl fmt::Display for ObjectName {
@@ -87,6 +97,24 @@ impl Object {
             Self::EndpointSlice(slice) => ObjectId::EndpointSlice(slice.name.clone()),
             Self::Node(node) => ObjectId::Node(node.name.clone()),
         }
+    }
+
+    /// The Service, if it is one.
+    #[must_use]
+    pub fn as_service(&self) -> Option<&Service> {
+        if let Self::Service(service) = self { Some(service) } else { None }
+    }
+
+    /// The slice, if it is one.
+    #[must_use]
+    pub const fn as_slice(&self) -> Option<&EndpointSlice> {
+        if let Self::EndpointSlice(slice) = self { Some(slice) } else { None }
+    }
+
+    /// The Node, if it is one.
+    #[must_use]
+    pub const fn as_node(&self) -> Option<&Node> {
+        if let Self::Node(node) = self { Some(node) } else { None }
     }
 }
 

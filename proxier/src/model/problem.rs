@@ -16,6 +16,77 @@ pub enum Severity {
     Info,
 }
 
+/// What sort of problem it is, for programs: metrics, Kubernetes Events. People read the text.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ProblemKind {
+    /// Something is written that cannot be understood, or contradicts something else: that part is not in force.
+    #[default]
+    Invalid,
+    /// A file or directory cannot be read or watched.
+    Unreadable,
+    /// There are two objects of one name.
+    Duplicate,
+    /// Something is there that is none of proxier's business.
+    Ignored,
+    /// What an object asks for is nothing that proxier does.
+    Unsupported,
+    /// A Service names no external address.
+    NoExternalAddress,
+    /// No Service may have the address, or none of this namespace.
+    AddressRejected,
+    /// The namespace has as many addresses as it may have already.
+    AddressLimitExceeded,
+    /// An older Service has the address.
+    AddressConflict,
+    /// No node has a pod of the Service.
+    NoEndpoints,
+    /// All pods of the Service are of the other address family.
+    NoEndpointsOfFamily,
+    /// Nobody may send to the Service's addresses of a family.
+    NoClientAdmitted,
+    /// Nothing speaks of this node.
+    UnknownNode,
+}
+
+impl ProblemKind {
+    /// All of them.
+    pub const ALL: [Self; 13] = [
+        Self::Invalid,
+        Self::Unreadable,
+        Self::Duplicate,
+        Self::Ignored,
+        Self::Unsupported,
+        Self::NoExternalAddress,
+        Self::AddressRejected,
+        Self::AddressLimitExceeded,
+        Self::AddressConflict,
+        Self::NoEndpoints,
+        Self::NoEndpointsOfFamily,
+        Self::NoClientAdmitted,
+        Self::UnknownNode,
+    ];
+
+    /// Its name in the form that an Event's `reason` has. Never changes: people filter by it.
+    #[must_use]
+    pub const fn reason(self) -> &'static str {
+        match self {
+            Self::Invalid => "Invalid",
+            Self::Unreadable => "Unreadable",
+            Self::Duplicate => "Duplicate",
+            Self::Ignored => "Ignored",
+            Self::Unsupported => "Unsupported",
+            Self::NoExternalAddress => "NoExternalAddress",
+            Self::AddressRejected => "AddressRejected",
+            Self::AddressLimitExceeded => "AddressLimitExceeded",
+            Self::AddressConflict => "AddressConflict",
+            Self::NoEndpoints => "NoEndpoints",
+            Self::NoEndpointsOfFamily => "NoEndpointsOfFamily",
+            Self::NoClientAdmitted => "NoClientAdmitted",
+            Self::UnknownNode => "UnknownNode",
+        }
+    }
+}
+
 /// What a problem is about.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Subject {
@@ -68,6 +139,8 @@ pub struct Problem {
     pub next_step: String,
     /// Where it was written, if that is known.
     pub place: Option<Place>,
+    /// What sort of problem it is.
+    pub kind: ProblemKind,
 }
 
 impl Problem {
@@ -87,7 +160,15 @@ impl Problem {
             reason: reason.into(),
             next_step: next_step.into(),
             place: None,
+            kind: ProblemKind::Invalid,
         }
+    }
+
+    /// The same, of another kind than [`ProblemKind::Invalid`].
+    #[must_use]
+    pub const fn of_kind(mut self, kind: ProblemKind) -> Self {
+        self.kind = kind;
+        self
     }
 
     /// The same, about one field.
@@ -136,7 +217,7 @@ mod tests {
 
     #[test]
     fn a_problem_names_place_object_field_value_reason_and_next_step() {
-        let web = ObjectName { namespace: "default".to_owned(), name: "web".to_owned() };
+        let web = ObjectName::new("default", "web");
         let problem = Problem::new(
             Severity::Warning,
             Subject::Object(ObjectId::Service(web)),
@@ -161,6 +242,17 @@ mod tests {
         assert_eq!(text, "a.yaml: spec.externalIPs[0] \"\" is no address; write one");
         let text = problem().in_whole_field("spec.externalIPs").to_string();
         assert_eq!(text, "a.yaml: spec.externalIPs is no address; write one");
+    }
+
+    #[test]
+    fn every_kind_has_a_reason_of_its_own_that_an_event_can_have() {
+        let mut reasons = std::collections::BTreeSet::new();
+        for kind in ProblemKind::ALL {
+            let reason = kind.reason();
+            assert_eq!(format!("{kind:?}"), reason);
+            assert!(reason.len() <= 128 && reason.chars().all(|c| c.is_ascii_alphanumeric()), "{reason}");
+            assert!(reasons.insert(reason), "{reason} twice");
+        }
     }
 
     #[test]

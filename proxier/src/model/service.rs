@@ -1,10 +1,10 @@
 //! A Service: whose external addresses proxier takes over.
 
-use std::{collections::BTreeMap, fmt, net::IpAddr};
+use std::{fmt, net::IpAddr};
 
 use ipnet::IpNet;
 
-use super::ObjectName;
+use super::{Labels, ObjectName};
 
 /// A Service, reduced to what proxier needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -12,13 +12,13 @@ pub struct Service {
     /// Namespace and name.
     pub name: ObjectName,
     /// `metadata.uid`; empty where a manifest has none.
-    pub uid: String,
+    pub uid: Box<str>,
     /// `metadata.creationTimestamp`; none where a manifest has none.
     pub created: Option<CreationTime>,
     /// `metadata.labels`.
-    pub labels: BTreeMap<String, String>,
+    pub labels: Labels,
     /// `metadata.annotations`.
-    pub annotations: BTreeMap<String, String>,
+    pub annotations: Labels,
     /// `spec.type`.
     pub service_type: ServiceType,
     /// `spec.clusterIPs`, without `None`.
@@ -43,7 +43,7 @@ pub struct Service {
     /// typing mistake would open the Service to everybody.
     pub has_source_ranges: bool,
     /// `spec.selector`.
-    pub selector: BTreeMap<String, String>,
+    pub selector: Labels,
     /// `spec.publishNotReadyAddresses`. The EndpointSlices say the same by `ready: true`.
     pub publish_not_ready_addresses: bool,
     /// `spec.healthCheckNodePort`.
@@ -51,7 +51,7 @@ pub struct Service {
 }
 
 /// When an object was created, in seconds since 1970 (the API's resolution).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct CreationTime(pub i64);
 
 /// `spec.type`.
@@ -164,13 +164,13 @@ pub enum TrafficPolicy {
 impl Service {
     /// A Service of the API's default type, without addresses.
     #[must_use]
-    pub const fn new(name: ObjectName) -> Self {
+    pub fn new(name: ObjectName) -> Self {
         Self {
             name,
-            uid: String::new(),
+            uid: Box::default(),
             created: None,
-            labels: BTreeMap::new(),
-            annotations: BTreeMap::new(),
+            labels: Labels::default(),
+            annotations: Labels::default(),
             service_type: ServiceType::ClusterIp,
             cluster_ips: Vec::new(),
             headless: false,
@@ -182,7 +182,7 @@ impl Service {
             internal_traffic_policy: TrafficPolicy::Cluster,
             source_ranges: Vec::new(),
             has_source_ranges: false,
-            selector: BTreeMap::new(),
+            selector: Labels::default(),
             publish_not_ready_addresses: false,
             health_check_node_port: None,
         }
@@ -215,8 +215,7 @@ mod tests {
 
     #[test]
     fn a_load_balancer_that_is_a_proxy_has_no_address_of_the_service() {
-        let mut service =
-            Service::new(ObjectName { namespace: "default".to_owned(), name: "media".to_owned() });
+        let mut service = Service::new(ObjectName::new("default", "media"));
         service.load_balancer_ingress = vec![
             LoadBalancerIngress { address: "10.0.0.77".parse().unwrap(), mode: IpMode::Vip },
             LoadBalancerIngress { address: "10.0.0.78".parse().unwrap(), mode: IpMode::Proxy },
@@ -226,8 +225,7 @@ mod tests {
 
     #[test]
     fn without_client_ip_affinity_a_client_keeps_its_pod_for_three_hours() {
-        let mut service =
-            Service::new(ObjectName { namespace: "default".to_owned(), name: "media".to_owned() });
+        let mut service = Service::new(ObjectName::new("default", "media"));
         assert_eq!(service.affinity_timeout(), 10_800);
         service.session_affinity = SessionAffinity::ClientIp { timeout_seconds: 60 };
         assert_eq!(service.affinity_timeout(), 60);

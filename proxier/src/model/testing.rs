@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use super::{Endpoint, EndpointPort, EndpointSlice, Family, Node, NodeName, ObjectName, Protocol, Service};
 
 pub(crate) fn mk_name(name: &str) -> ObjectName {
-    ObjectName { namespace: "default".to_owned(), name: name.to_owned() }
+    ObjectName::new("default", name)
 }
 
 pub(crate) fn mk_service<'a>(name: &str, external_ips: impl IntoIterator<Item = &'a str>) -> Service {
@@ -18,20 +18,20 @@ pub(crate) fn mk_slice(
     service: &str,
     endpoints: impl IntoIterator<Item = Endpoint>,
 ) -> EndpointSlice {
-    let endpoints: Vec<_> = endpoints.into_iter().collect();
+    let endpoints: Box<[_]> = endpoints.into_iter().collect();
     EndpointSlice {
         name: mk_name(name),
         service: Some(mk_name(service)),
         family: endpoints.first().map_or(Family::V4, |endpoint| Family::of(endpoint.addresses[0])),
         endpoints,
-        ports: vec![EndpointPort { name: String::new(), protocol: Protocol::Tcp, port: Some(6000) }],
+        ports: [EndpointPort { name: String::new(), protocol: Protocol::Tcp, port: Some(6000) }].into(),
     }
 }
 
 /// A ready endpoint.
 pub(crate) fn mk_endpoint(address: &str, node: &str) -> Endpoint {
     Endpoint {
-        addresses: parse([address]),
+        addresses: parse([address]).into_iter().collect(),
         ready: true,
         serving: true,
         terminating: false,
@@ -42,7 +42,7 @@ pub(crate) fn mk_endpoint(address: &str, node: &str) -> Endpoint {
 }
 
 pub(crate) fn mk_node<'a>(name: &str, addresses: impl IntoIterator<Item = &'a str>) -> Node {
-    Node { name: NodeName::new(name), addresses: parse(addresses) }
+    Node { name: NodeName::new(name), addresses: parse(addresses), pod_cidrs: Vec::new() }
 }
 
 fn parse<'a>(addresses: impl IntoIterator<Item = &'a str>) -> Vec<IpAddr> {

@@ -308,10 +308,10 @@ fn endpoints(catalog: &Catalog, service: &model::Service, node: &NodeName) -> Op
             group.iter().filter(|(_, endpoint)| select::is_preferred(endpoint, any_ready))
         {
             let pod =
-                endpoint.target.clone().map_or_else(|| Pod::Unnamed(endpoint.addresses.clone()), Pod::Named);
+                endpoint.target.clone().map_or_else(|| Pod::Unnamed(endpoint.addresses.to_vec()), Pod::Named);
             let local = endpoint.node.as_ref() == Some(node);
             let json = pods.entry(pod).or_insert_with(|| EndpointJson {
-                hostname: endpoint.hostname.clone().unwrap_or_default(),
+                hostname: endpoint.hostname.as_deref().unwrap_or_default().to_owned(),
                 ips: IpSetJson::default(),
                 local,
                 port_overrides: Vec::new(),

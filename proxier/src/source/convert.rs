@@ -1,7 +1,7 @@
 //! Kubernetes' types -> the model. What does not parse costs that item alone and is reported; the rest of the object
 //! counts. Defaults are those that the API server fills in, so that a manifest means here what it means there.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use k8s_openapi::{
@@ -15,14 +15,17 @@ use proxier_common::MAX_NAME;
 
 use crate::model::{
     CreationTime, DEFAULT_AFFINITY_TIMEOUT_SECONDS, Endpoint, EndpointPort, EndpointSlice, Family, IpMode,
-    LoadBalancerIngress, Node, NodeName, ObjectId, ObjectName, Problem, Protocol, Service, ServicePort,
-    ServiceType, SessionAffinity, Severity, Subject, TargetPort, TrafficPolicy,
+    Labels, LoadBalancerIngress, Node, NodeName, ObjectId, ObjectName, Problem, Protocol, Service,
+    ServicePort, ServiceType, SessionAffinity, Severity, Subject, TargetPort, TrafficPolicy,
 };
 
 /// Ties an EndpointSlice to its Service.
 pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 /// Takes a Service from kube-proxy and gives it to the proxy named.
 pub const SERVICE_PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
+
+/// What `kubectl apply` keeps in an object.
+const LAST_APPLIED_ANNOTATION: &str = "kubectl.kubernetes.io/last-applied-configuration";
 
 /// Leading bits that all v4-mapped IPv6 addresses have in common.
 const V4_MAPPED_BITS: u8 = 96;
@@ -97,6 +100,20 @@ impl Reporter {
             .collect()
     }
 
+    /// Of pods.
+    fn network(&mut self, field: &str, value: &str) -> Option<IpNet> {
+        let network = value.parse::<IpNet>().ok();
+        if network.is_none() {
+            self.report(
+                field,
+                value,
+                "is not a network: its addresses are not kept from Services",
+                "write address/length, such as 10.244.1.0/24 or fd00:244:1::/64",
+            );
+        }
+        network.map(|network| network.trunc())
+    }
+
     fn port(&mut self, field: &str, value: i32) -> Option<u16> {
         let port = u16::try_from(value).ok().filter(|port| *port != 0);
         if port.is_none() {
@@ -147,7 +164,7 @@ impl Reporter {
 fn object_name(metadata: &ObjectMeta) -> Result<ObjectName, Refused> {
     let name = metadata.name.clone().filter(|name| !name.is_empty()).ok_or(Refused::Nameless)?;
     let namespace = metadata.namespace.clone().filter(|namespace| !namespace.is_empty());
-    Ok(ObjectName { namespace: namespace.unwrap_or_else(|| "default".to_owned()), name })
+    Ok(ObjectName::new(namespace.unwrap_or_else(|| "default".to_owned()), name))
 }
 
 /// The kernel's tables have room for the names that the API server accepts: a longer one would be cut, and not be known
@@ -169,6 +186,13 @@ fn service_name(metadata: &ObjectMeta) -> Result<ObjectName, Refused> {
 
 fn labels(metadata: &ObjectMeta) -> BTreeMap<String, String> {
     metadata.labels.clone().unwrap_or_default()
+}
+
+/// All but kubectl's copy of the whole object, which is larger than the rest and says nothing new.
+fn annotations(metadata: &ObjectMeta) -> Labels {
+    let annotations = metadata.annotations.iter().flatten();
+    let kept = annotations.filter(|(name, _)| *name != LAST_APPLIED_ANNOTATION);
+    kept.map(|(name, value)| (name.as_str(), value.as_str())).collect()
 }
 
 /// Converts a Service.
@@ -193,10 +217,10 @@ pub fn service(service: core::Service) -> Result<Converted<Service>, Refused> {
 
     let ranges = spec.load_balancer_source_ranges.as_deref().unwrap_or_default();
     let service = Service {
-        uid: metadata.uid.clone().unwrap_or_default(),
+        uid: metadata.uid.clone().unwrap_or_default().into(),
         created: metadata.creation_timestamp.as_ref().map(|time| CreationTime(time.0.as_second())),
-        labels: labels(&metadata),
-        annotations: metadata.annotations.clone().unwrap_or_default(),
+        labels: labels(&metadata).into_iter().collect(),
+        annotations: annotations(&metadata),
         service_type: service_type(&spec, report),
         cluster_ips: report.addresses("spec.clusterIPs", &cluster_ips),
         headless,
@@ -216,7 +240,7 @@ pub fn service(service: core::Service) -> Result<Converted<Service>, Refused> {
             .traffic_policy("spec.internalTrafficPolicy", spec.internal_traffic_policy.as_deref()),
         source_ranges: source_ranges(ranges, report),
         has_source_ranges: !ranges.is_empty(),
-        selector: spec.selector.clone().unwrap_or_default(),
+        selector: spec.selector.clone().into_iter().flatten().collect(),
         publish_not_ready_addresses: spec.publish_not_ready_addresses.unwrap_or_default(),
         health_check_node_port: spec
             .health_check_node_port
@@ -397,7 +421,7 @@ pub fn endpoint_slice(slice: discovery::EndpointSlice) -> Result<Converted<Endpo
             None
         }
     };
-    let endpoints = family.map_or_else(Vec::new, |family| {
+    let endpoints = family.map_or_else(Box::default, |family| {
         endpoints
             .into_iter()
             .enumerate()
@@ -418,7 +442,7 @@ pub fn endpoint_slice(slice: discovery::EndpointSlice) -> Result<Converted<Endpo
         })
         .collect();
 
-    let service = service.map(|service| ObjectName { namespace: name.namespace.clone(), name: service });
+    let service = service.map(|service| ObjectName::new(Arc::clone(&name.namespace), service));
     let slice = EndpointSlice { name, service, family: family.unwrap_or(Family::V4), endpoints, ports };
     Ok(Converted { object: slice, problems: reporter.problems })
 }
@@ -451,17 +475,16 @@ fn convert_endpoint(
         }
     }
     Endpoint {
-        addresses,
+        addresses: addresses.into_iter().collect(),
         ready,
         serving: conditions.serving.unwrap_or(ready),
         terminating: conditions.terminating.unwrap_or(false),
         node: endpoint.node_name.filter(|node| !node.is_empty()).map(NodeName::new),
-        hostname: endpoint.hostname.filter(|hostname| !hostname.is_empty()),
+        hostname: endpoint.hostname.filter(|hostname| !hostname.is_empty()).map(Into::into),
         target: endpoint.target_ref.and_then(|target| {
-            Some(ObjectName {
-                name: target.name.filter(|name| !name.is_empty())?,
-                namespace: target.namespace.unwrap_or_else(|| slice.namespace.clone()),
-            })
+            let name = target.name.filter(|name| !name.is_empty())?;
+            let namespace = target.namespace.filter(|namespace| **namespace != *slice.namespace);
+            Some(ObjectName::new(namespace.map_or_else(|| Arc::clone(&slice.namespace), Into::into), name))
         }),
     }
 }
@@ -502,7 +525,17 @@ pub fn node(node: &core::Node) -> Result<Converted<Node>, Refused> {
             addresses.extend(entry.address.parse::<IpAddr>());
         }
     }
-    Ok(Converted { object: Node { name, addresses }, problems: reporter.problems })
+    let spec = node.spec.iter();
+    // The second field is the first of the others, which older clusters write alone.
+    let cidrs = spec.flat_map(|spec| match spec.pod_cidrs.as_deref().unwrap_or_default() {
+        [] => spec.pod_cidr.as_slice(),
+        cidrs => cidrs,
+    });
+    let pod_cidrs = cidrs
+        .enumerate()
+        .filter_map(|(index, cidr)| reporter.network(&format!("spec.podCIDRs[{index}]"), cidr))
+        .collect();
+    Ok(Converted { object: Node { name, addresses, pod_cidrs }, problems: reporter.problems })
 }
 
 #[cfg(test)]

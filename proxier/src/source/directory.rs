@@ -17,7 +17,7 @@ use super::{
     convert::SERVICE_PROXY_NAME_LABEL,
     manifest::{self, Manifest},
 };
-use crate::model::{Object, ObjectId, Place, Problem, Service, Severity, Subject};
+use crate::model::{Object, ObjectId, Place, Problem, ProblemKind, Service, Severity, Subject};
 
 /// No manifest that people write is larger, and a large file that got here by mistake must not cost all memory.
 const MAX_FILE_BYTES: u64 = 256 << 20;
@@ -101,12 +101,15 @@ impl Directory {
             }
             // A directory that cannot be read says nothing about the files in it.
             Err(error) => {
-                self.unreadable = Some(Problem::new(
-                    Severity::Error,
-                    Subject::File(self.input.clone()),
-                    format!("cannot be listed: {error}"),
-                    "bring it back; until then its last good objects stay in force",
-                ));
+                self.unreadable = Some(
+                    Problem::new(
+                        Severity::Error,
+                        Subject::File(self.input.clone()),
+                        format!("cannot be listed: {error}"),
+                        "bring it back; until then its last good objects stay in force",
+                    )
+                    .of_kind(ProblemKind::Unreadable),
+                );
             }
         }
         self.difference()
@@ -135,7 +138,8 @@ impl Directory {
                     Subject::File(path.clone()),
                     "is a symbolic link that leads nowhere: no object comes from it",
                     "bring back what it leads to, or remove it",
-                );
+                )
+                .of_kind(ProblemKind::Unreadable);
                 self.files.insert(path, FileState { broken: vec![problem], ..FileState::default() });
                 return;
             }
@@ -150,7 +154,8 @@ impl Directory {
                     Subject::File(path.clone()),
                     format!("cannot be read: {error}"),
                     "check its permissions; until then what it said last, if anything, stays in force",
-                );
+                )
+                .of_kind(ProblemKind::Unreadable);
                 let state = self.files.entry(path).or_default();
                 state.content = None;
                 state.broken = vec![problem];
@@ -213,6 +218,7 @@ impl Directory {
                             format!("is already defined at {}: this one is left out", entry.get().1),
                             "take one of the two away",
                         )
+                        .of_kind(ProblemKind::Duplicate)
                         .at(place.clone()),
                     ),
                 }
@@ -256,7 +262,7 @@ impl Directory {
             .in_field(field, label),
             _ => return None,
         };
-        Some(problem.at(place.clone()))
+        Some(problem.of_kind(ProblemKind::Ignored).at(place.clone()))
     }
 }
 

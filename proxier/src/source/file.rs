@@ -18,7 +18,7 @@ use notify::{
 use tokio::sync::{mpsc, watch};
 
 use super::{Batch, Source, Standing, directory::Directory};
-use crate::model::{Problem, Severity, Subject};
+use crate::model::{Problem, ProblemKind, Severity, Subject};
 
 /// Editors write a file in several steps; what they leave in between is nobody's intention.
 const QUIET: Duration = Duration::from_millis(100);
@@ -135,12 +135,18 @@ impl Watch {
                 self.watcher = Some((watcher, id));
                 None
             }
-            Err(error) => Some(Problem::new(
-                Severity::Warning,
-                Subject::File(self.path.clone()),
-                format!("cannot be watched: {error}: read every {} s instead", REREAD_UNWATCHED.as_secs()),
-                "raise the sysctls fs.inotify.max_user_instances and fs.inotify.max_user_watches",
-            )),
+            Err(error) => Some(
+                Problem::new(
+                    Severity::Warning,
+                    Subject::File(self.path.clone()),
+                    format!(
+                        "cannot be watched: {error}: read every {} s instead",
+                        REREAD_UNWATCHED.as_secs()
+                    ),
+                    "raise the sysctls fs.inotify.max_user_instances and fs.inotify.max_user_watches",
+                )
+                .of_kind(ProblemKind::Unreadable),
+            ),
         }
     }
 

@@ -268,7 +268,7 @@ impl<K: Resource + Send, T: Into<Object> + Send> Follower<K> for Objects<K, T> {
 }
 
 fn object_name((namespace, name): Id) -> ObjectName {
-    ObjectName { namespace, name }
+    ObjectName::new(namespace, name)
 }
 
 /// When what a slice tells of happened.

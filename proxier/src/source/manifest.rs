@@ -14,7 +14,7 @@ use serde::{
 use serde_saphyr::{MessageFormatter as _, Spanned, UserMessageFormatter};
 
 use super::convert::{self, Converted, Refused};
-use crate::model::{Object, Place, Problem, Severity, Subject};
+use crate::model::{Object, Place, Problem, ProblemKind, Severity, Subject};
 
 /// What a file says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -369,7 +369,7 @@ impl Manifest {
                 format!("it reads {} and lists of them", readable.join(", ")),
             )
         };
-        let problem = problem.in_field("kind", format!("{api_version} {kind}"));
+        let problem = problem.in_field("kind", format!("{api_version} {kind}")).of_kind(ProblemKind::Ignored);
         // Once a kind and file: a directory of Deployments is not ten messages worth.
         let known =
             self.problems.iter().any(|known| known.field == problem.field && known.value == problem.value);

@@ -398,7 +398,7 @@ impl Names {
         for entry in tables.names.entries() {
             let (key, value) = entry?;
             if let Some(ServiceKey { service, .. }) = decode_name(&value) {
-                names.insert(key.service_id, (service.namespace, service.name));
+                names.insert(key.service_id, (service.namespace.to_string(), service.name.to_string()));
             }
         }
         Ok(Self(names))

@@ -53,10 +53,10 @@ status:
     );
     assert_eq!(problems, [""; 0]);
     assert_eq!(service.name.to_string(), "telco/media");
-    assert_eq!(service.uid, "abc");
+    assert_eq!(&*service.uid, "abc");
     assert_eq!(service.created, Some(CreationTime(1_795_346_000)));
-    assert_eq!(service.labels["a"], "b");
-    assert_eq!(service.annotations["c"], "d");
+    assert_eq!(&service.labels["a"], "b");
+    assert_eq!(&service.annotations["c"], "d");
     assert_eq!(service.service_type, ServiceType::LoadBalancer);
     assert_eq!(service.cluster_ips, ips(&["10.96.0.1", "fd00::1"]));
     assert!(!service.headless);
@@ -69,7 +69,7 @@ status:
     assert!(service.has_source_ranges);
     assert_eq!(service.health_check_node_port, Some(30122));
     assert!(service.publish_not_ready_addresses);
-    assert_eq!(service.selector["app"], "x");
+    assert_eq!(&service.selector["app"], "x");
     let ports: Vec<_> = service
         .ports
         .iter()
@@ -89,10 +89,7 @@ status:
 fn what_a_manifest_leaves_out_is_as_the_api_server_fills_it_in() {
     let (service, problems) = service_of("{metadata: {name: web}, spec: {clusterIP: None}}");
     assert_eq!(problems, [""; 0]);
-    let expected = Service {
-        headless: true,
-        ..Service::new(ObjectName { namespace: "default".to_owned(), name: "web".to_owned() })
-    };
+    let expected = Service { headless: true, ..Service::new(ObjectName::new("default", "web")) };
     assert_eq!(service, expected);
 }
 
@@ -158,7 +155,7 @@ fn each_bad_item_is_reported_with_its_field_and_value() {
         ),
     ] {
         let (service, problems) = service_of(&format!("metadata: {{name: web}}\nspec:\n  {spec}\n"));
-        assert_eq!(service.name.name, "web");
+        assert_eq!(&*service.name.name, "web");
         assert_eq!(problems.len(), 1, "{spec}: {problems:?}");
         assert!(
             problems[0].starts_with(&format!("Service default/web: {field} {value:?} ")),
@@ -243,7 +240,7 @@ fn an_address_of_the_wrong_family_costs_that_address_alone() {
         "{metadata: {name: s, labels: {kubernetes.io/service-name: web}}, addressType: IPv4, endpoints: \
          [{addresses: [11.0.2.2, '1100::202'], targetRef: {kind: Pod, name: alpine-1}}]}",
     );
-    assert_eq!(slice.endpoints[0].addresses, ips(&["11.0.2.2"]));
+    assert_eq!(*slice.endpoints[0].addresses, ips(&["11.0.2.2"]));
     assert_eq!(slice.endpoints[0].target.as_ref().unwrap().to_string(), "default/alpine-1");
     assert_eq!(slice.service.unwrap().to_string(), "default/web");
     assert_eq!(
@@ -262,7 +259,7 @@ fn an_address_that_no_pod_can_have_is_left_out() {
             "{{metadata: {{name: s, labels: {{kubernetes.io/service-name: web}}}}, addressType: IPv4, \
              endpoints: [{{addresses: [{address}]}}]}}"
         ));
-        assert_eq!(slice.endpoints[0].addresses, [] as [IpAddr; 0], "{address}");
+        assert_eq!(*slice.endpoints[0].addresses, [] as [IpAddr; 0], "{address}");
         assert_eq!(problems.len(), 1, "{address}");
     }
 }
@@ -271,7 +268,7 @@ fn an_address_that_no_pod_can_have_is_left_out() {
 fn a_slice_of_names_or_without_a_service_is_reported() {
     let (slice, problems) =
         slice_of("{metadata: {name: s}, addressType: FQDN, endpoints: [{addresses: [a.example.com]}]}");
-    assert_eq!(slice.endpoints, []);
+    assert_eq!(*slice.endpoints, []);
     assert_eq!(slice.service, None);
     assert_eq!(problems.len(), 2);
     assert!(
@@ -294,4 +291,39 @@ fn a_nodes_addresses_are_kept_and_its_names_are_not() {
     .unwrap();
     assert_eq!(converted.object.addresses, ips(&["192.168.1.1", "fd00:1::1"]));
     assert_eq!(converted.problems.len(), 1);
+}
+
+#[test]
+fn a_nodes_pod_networks_are_those_of_the_list_or_the_one_before_there_was_a_list() {
+    let cidrs = |spec: &str| {
+        let text = format!("{{metadata: {{name: node1}}, spec: {spec}}}");
+        let converted = node(&serde_saphyr::from_str(&text).unwrap()).unwrap();
+        let cidrs: Vec<_> = converted.object.pod_cidrs.iter().map(ToString::to_string).collect();
+        (cidrs, converted.problems.iter().map(ToString::to_string).collect::<Vec<_>>())
+    };
+    let both = "{podCIDR: 11.0.2.0/24, podCIDRs: [11.0.2.7/24, '1100::200/120']}";
+    assert_eq!(cidrs(both).0, ["11.0.2.0/24", "1100::200/120"]);
+    assert_eq!(cidrs("{podCIDR: 11.0.2.0/24}").0, ["11.0.2.0/24"]);
+    assert_eq!(cidrs("{}"), (vec![], vec![]));
+    let (known, problems) = cidrs("{podCIDRs: [11.0.2.0, 11.0.3.0/24]}");
+    assert_eq!(known, ["11.0.3.0/24"]);
+    assert_eq!(
+        problems,
+        [
+            "Node node1: spec.podCIDRs[0] \"11.0.2.0\" is not a network: its addresses are not kept from Services; write \
+             address/length, such as 10.244.1.0/24 or fd00:244:1::/64"
+        ]
+    );
+}
+
+#[test]
+fn kubectls_copy_of_a_service_is_not_kept() {
+    let web = service(
+        serde_saphyr::from_str(
+            "{metadata: {name: web, annotations: {a: b, kubectl.kubernetes.io/last-applied-configuration: '{}'}}}",
+        )
+        .unwrap(),
+    )
+    .unwrap();
+    assert_eq!(web.object.annotations, [("a", "b")].into_iter().collect());
 }

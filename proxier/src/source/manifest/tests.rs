@@ -67,7 +67,7 @@ fn flow_style_is_read_like_block_style() {
                 [1100::202], conditions: {ready: yes}}]}\n";
     let manifest = parse_named("a.yaml", text).unwrap();
     let Object::EndpointSlice(slice) = &manifest.objects[0].0 else { panic!("{manifest:?}") };
-    assert_eq!(slice.endpoints[0].addresses, ["1100::202".parse::<std::net::IpAddr>().unwrap()]);
+    assert_eq!(*slice.endpoints[0].addresses, ["1100::202".parse::<std::net::IpAddr>().unwrap()]);
     assert_eq!(slice.endpoints[0].node.as_ref().unwrap().as_str(), "node1");
     assert_eq!(manifest.problems, []);
 }
@@ -144,7 +144,7 @@ fn json_is_read_also_several_values_in_a_file() {
     let manifest = parse_named("a.json", text).unwrap();
     assert_eq!(ids(&manifest), ["1 Service default/web", "4 Node node1"]);
     let Object::Service(service) = &manifest.objects[0].0 else { panic!("{manifest:?}") };
-    assert_eq!(service.annotations["a"], "{\"b\":\"ä\\n\"}\n");
+    assert_eq!(&service.annotations["a"], "{\"b\":\"ä\\n\"}\n");
 }
 
 #[test]
@@ -207,7 +207,7 @@ fn anchors_and_aliases_of_people_are_read() {
     let text = "apiVersion: v1\nkind: Service\nmetadata:\n  name: &name web\n  labels: {app: *name}\n";
     let manifest = parse_named("a.yaml", text).unwrap();
     let Object::Service(service) = &manifest.objects[0].0 else { panic!("{manifest:?}") };
-    assert_eq!(service.labels["app"], "web");
+    assert_eq!(&service.labels["app"], "web");
 }
 
 #[test]
