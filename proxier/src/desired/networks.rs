@@ -25,15 +25,13 @@ impl<O> Default for Networks<O> {
 }
 
 impl<O: Ord> Networks<O> {
-    /// Adds a network, which has no bits beyond its prefix. Returns whether it is new.
-    pub(super) fn insert(&mut self, network: IpNet, owner: O) -> bool {
+    /// Adds a network, which has no bits beyond its prefix.
+    pub(super) fn insert(&mut self, network: IpNet, owner: O) {
         let owners = self.owners.entry(network).or_default();
-        let is_new = owners.is_empty();
-        owners.insert(owner);
-        if is_new {
+        if owners.is_empty() {
             *self.lengths.entry(length(network)).or_default() += 1;
         }
-        is_new
+        owners.insert(owner);
     }
 
     /// Takes it from this owner.
@@ -74,10 +72,10 @@ mod tests {
     fn an_address_is_held_by_the_widest_network_as_long_as_anybody_has_it() {
         let net = |text: &str| text.parse::<IpNet>().unwrap();
         let mut networks = Networks::default();
-        assert!(networks.insert(net("11.0.2.0/24"), "node2"));
-        assert!(!networks.insert(net("11.0.2.0/24"), "node1"));
-        assert!(networks.insert(net("11.0.0.0/16"), "node3"));
-        assert!(networks.insert(net("1100::/64"), "node1"));
+        networks.insert(net("11.0.2.0/24"), "node2");
+        networks.insert(net("11.0.2.0/24"), "node1");
+        networks.insert(net("11.0.0.0/16"), "node3");
+        networks.insert(net("1100::/64"), "node1");
         let holding = |networks: &Networks<&'static str>, address: &str| {
             networks.holding(address.parse().unwrap()).map(|(network, owner)| format!("{network} {owner}"))
         };

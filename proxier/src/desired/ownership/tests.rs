@@ -215,3 +215,25 @@ fn a_service_without_an_external_address_is_mentioned_and_no_more() {
     assert_eq!(problems[0].severity, Severity::Info);
     assert_eq!(problems[0].subject, Subject::Object(ObjectId::Service(mk_name("web"))));
 }
+
+#[test]
+fn an_address_of_the_clusters_networks_is_refused_with_what_says_that_it_is_one() {
+    let node = crate::model::Node {
+        pod_cidrs: vec!["11.0.3.0/24".parse().unwrap()],
+        ..mk_node("node3", ["192.168.1.3"])
+    };
+    let settings = Settings { cluster_cidrs: vec!["10.96.0.0/12".parse().unwrap()], ..settings() };
+    let web = mk_service("web", ["10.96.0.1", "11.0.3.9", "11.0.4.9"]);
+    let (desired, problems) = desired(vec![web.into(), node.into()], &settings);
+    assert_eq!(owner_of(&desired, "11.0.4.9").as_deref(), Some("web"));
+    let texts: Vec<_> = problems.iter().map(ToString::to_string).collect();
+    assert_eq!(
+        texts,
+        [
+            "Service default/web: spec.externalIPs[0] \"10.96.0.1\" lies in --cluster-cidr 10.96.0.0/12, which is the \
+             cluster's own: not taken; write an address outside the cluster's networks",
+            "Service default/web: spec.externalIPs[1] \"11.0.3.9\" lies in 11.0.3.0/24, where the pods of Node node3 have \
+             their addresses (spec.podCIDRs): not taken; write an address outside the pods' ranges",
+        ]
+    );
+}

@@ -83,20 +83,11 @@ fn an_object_that_comes_again_as_it_was_and_a_pod_elsewhere_change_nothing() {
     }
     assert!(state.due.services.is_empty());
     let remote = mk_slice("web-2", "web", [mk_endpoint("11.0.1.2", "node2")]);
-    state.apply(remote.clone().into());
+    let remote = Object::from(remote);
+    state.apply(remote.clone());
     assert!(state.refresh().is_empty());
-    state.delete(&remote.name_id());
+    state.delete(&remote.id());
     assert!(state.refresh().is_empty());
-}
-
-trait Named {
-    fn name_id(&self) -> ObjectId;
-}
-
-impl Named for EndpointSlice {
-    fn name_id(&self) -> ObjectId {
-        ObjectId::EndpointSlice(self.name.clone())
-    }
 }
 
 #[test]
@@ -113,17 +104,16 @@ fn a_problem_is_told_by_its_subject_and_its_end_too() {
     assert_eq!(state.refresh().subjects, BTreeSet::new());
 }
 
-/// What takes an address away while it is there, and nothing else.
 #[test]
 fn an_address_is_withdrawn_when_something_of_the_cluster_gets_it_and_comes_back_when_that_goes() {
-    let mail_of_cluster =
+    let service_of_cluster =
         Service { cluster_ips: addresses(&["10.0.0.55"]).into_iter().collect(), ..mk_service("dns", []) };
     let node_of_pods = Node { pod_cidrs: vec!["10.0.0.48/28".parse().unwrap()], ..mk_node("node2", []) };
     let takers: [Object; 4] = [
         mk_node("node2", ["10.0.0.55"]).into(),
         node_of_pods.into(),
         mk_slice("other-1", "other", [mk_endpoint("10.0.0.55", "node2")]).into(),
-        mail_of_cluster.into(),
+        service_of_cluster.into(),
     ];
     let mut state = state(web_and_mail(), settings());
     let before = owned(&state);
