@@ -5,6 +5,7 @@ use std::{
     env,
     ffi::OsString,
     io::{self, Write as _},
+    net::SocketAddr,
     path::PathBuf,
     process::ExitCode,
 };
@@ -21,7 +22,9 @@ use crate::{
     desired::{ExternalCidr, NoBackend, Settings},
     model::NodeName,
     observe::{
+        http::DEFAULT_METRICS_ADDRESS,
         log::{self, LogFormat},
+        status,
         table::{self, Output, TableRow},
     },
     sink::{
@@ -73,6 +76,8 @@ enum Command {
         #[command(subcommand)]
         what: GetCommand,
     },
+    /// Ask the agent of this node how it is; fails if it is not ready
+    Status(StatusArgs),
     /// Print the version
     Version,
     /// Print a completion script for a shell
@@ -238,6 +243,22 @@ struct GetArgs {
     pin: PinArgs,
 }
 
+#[derive(Debug, Args)]
+struct StatusArgs {
+    /// How to print
+    #[arg(short, long, env = "PROXIER_OUTPUT", value_enum, default_value_t)]
+    output: Output,
+    /// Where the agent answers /status: what it has as --metrics-address
+    #[arg(
+        long,
+        visible_alias = "address",
+        env = "PROXIER_METRICS_ADDRESS",
+        value_name = "ADDRESS:PORT",
+        default_value = DEFAULT_METRICS_ADDRESS
+    )]
+    metrics_address: SocketAddr,
+}
+
 /// Runs the command that the process was started with. 0: done, 1: failed, 2: not understood.
 #[must_use]
 pub fn main() -> ExitCode {
@@ -295,6 +316,11 @@ fn execute(command: Command) -> anyhow::Result<()> {
                 list(&inspect::statistics(&arguments.pin.pin_path)?, &arguments)
             }
         },
+        Command::Status(arguments) => {
+            let report = status::fetch(arguments.metrics_address)?;
+            print(&status::render(&report, arguments.output)?)?;
+            status::verdict(&report)
+        }
         Command::Version => print(&format!("proxier {}\n", env!("CARGO_PKG_VERSION"))),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -135,6 +135,15 @@ fn the_hosts_name_stands_in_for_the_nodes() {
 }
 
 #[test]
+fn an_agent_is_asked_where_it_listens_without_flags() {
+    let Command::Status(status) = parse("proxier status").command else { panic!() };
+    assert_eq!(status.metrics_address.to_string(), DEFAULT_METRICS_ADDRESS);
+    let Command::Status(status) = parse("proxier status --address [::1]:9 -o json").command else { panic!() };
+    assert_eq!(status.metrics_address.to_string(), "[::1]:9");
+    assert_eq!(status.output, Output::Json);
+}
+
+#[test]
 fn a_wrong_range_is_refused_with_the_flag_and_what_to_write() {
     for (flag, says) in [
         ("--external-cidr voip=10.0.0.5", "write address/length, such as 192.0.2.0/24"),

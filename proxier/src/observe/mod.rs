@@ -1,9 +1,17 @@
-//! What people see of the agent: its log, and the tables that commands print. Nothing here decides anything.
+//! What people and machines see of the agent: its log, its metrics, its health, its status, and the tables that commands
+//! print. Nothing here decides anything.
 
 pub mod changes;
+pub mod counts;
 pub mod health;
+pub mod http;
 pub mod listen;
 pub mod log;
+pub mod metrics;
+pub mod observed;
 pub mod report;
 pub mod service_health;
+pub mod status;
 pub mod table;
+
+pub use self::observed::Observed;

@@ -164,6 +164,18 @@ pub struct StatisticRow {
     pub count: u64,
 }
 
+/// How full a map is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FillRow {
+    /// The map's name.
+    pub map: &'static str,
+    /// How many entries it has.
+    pub entries: u64,
+    /// How many it has room for.
+    pub max_entries: u32,
+}
+
 /// Every external address, by Service and address.
 ///
 /// # Errors
@@ -375,6 +387,16 @@ pub fn statistics(pin_path: &Path) -> anyhow::Result<Vec<StatisticRow>> {
         Ok(StatisticRow { statistic: statistic.name(), count: counters.total(statistic as u32)? })
     };
     Statistic::ALL.into_iter().map(row).collect()
+}
+
+/// How full the maps are that have keys and can be full. Reads all of them: of full ones, that takes tens of milliseconds.
+///
+/// # Errors
+///
+/// As [`services`].
+pub fn fill(pin_path: &Path) -> anyhow::Result<Vec<FillRow>> {
+    let fill = open(pin_path)?.fill(pin_path)?;
+    Ok(fill.map(|(map, entries, max_entries)| FillRow { map, entries, max_entries }).into())
 }
 
 /// Opens the maps, and says what a user without privilege can do about it if that fails.

@@ -417,6 +417,32 @@ impl Tables {
         Actual::read_back(services.chain(backends).chain(members).chain(pods).chain(sources).chain(names))
     }
 
+    /// Name, entries and size of every map that can be full. `pin_path` is where they are pinned.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused.
+    pub(super) fn fill(&self, pin_path: &Path) -> Result<[(&'static str, u64, u32); 9], TableError> {
+        fn of<K: Pod, V: Pod>(table: &Table<K, V>) -> Result<(&'static str, u64, u32), TableError> {
+            let (name, max_entries) = table.name_and_size();
+            Ok((name, table.count()?, max_entries))
+        }
+        // Nobody else asks for them.
+        let fragments: Table<FragmentKey, FragmentValue> = Table::open(pin_path, FRAGMENTS)?;
+        let sources = self.sources.entries().try_fold(0, |count, entry| entry.map(|_| count + 1))?;
+        Ok([
+            of(&self.services)?,
+            of(&self.backends)?,
+            of(&self.members)?,
+            of(&self.pods)?,
+            (SOURCES.name, sources, SOURCES.max_entries),
+            of(&self.names)?,
+            of(&self.sessions)?,
+            of(&self.flows)?,
+            of(&fragments)?,
+        ])
+    }
+
     /// Carries out a step. `actual` is what the tables hold before it.
     ///
     /// # Errors
