@@ -66,7 +66,7 @@ fn an_agent_that_is_not_ready_is_shown_and_is_a_failure() {
     endpoints.observed.apply_failed(Duration::ZERO, &anyhow::anyhow!("no room in `services`"));
     let (ended, out, log) = status(endpoints.address, &[]);
     assert_eq!(ended.code(), Some(1));
-    assert!(out.contains("tried 1 times: no room in `services`\n"), "{out}");
+    assert!(out.contains("attempts: 1: no room in `services`\n"), "{out}");
     assert_eq!(log, "proxier: the agent is not ready: state-applied\n");
     let (ended, out, _) = status(endpoints.address, &["-o", "json"]);
     assert_eq!(ended.code(), Some(1));

@@ -245,7 +245,7 @@ impl Progress {
 
         let failing = self.failing.map(|(since, times)| {
             format!(
-                "{times} attempts failed in {} seconds; see `proxier status` for why",
+                "failed attempts: {times}, in {} seconds; see `proxier status` for why",
                 now.saturating_duration_since(since).as_secs()
             )
         });
@@ -390,7 +390,7 @@ mod tests {
         advance(Duration::from_secs(34)).await;
         health.apply_failed();
         let text = health.ready().to_string();
-        assert!(text.contains("[-]state-applied failed: 2 attempts failed in 34 seconds;"), "{text}");
+        assert!(text.contains("[-]state-applied failed: failed attempts: 2, in 34 seconds;"), "{text}");
     }
 
     #[tokio::test(start_paused = true)]
@@ -402,7 +402,7 @@ mod tests {
         advance(Duration::from_secs(5)).await;
         let ready = health.ready();
         assert!(ready.passed());
-        let text = "[+]state-applied ok: but not the last change, 1 attempts failed in 5 seconds";
+        let text = "[+]state-applied ok: but not the last change, failed attempts: 1, in 5 seconds";
         assert!(ready.to_string().contains(text), "{ready}");
         health.applied();
         assert!(!health.ready().to_string().contains("but"));

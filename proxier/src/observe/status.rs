@@ -283,7 +283,7 @@ fn write_for_people(text: &mut String, report: &StatusReport, wide: bool) -> std
         _ => writeln!(text, "Applied:     not yet")?,
     }
     if let Some(FailureReport { since: from, attempts, error }) = &sync.failure {
-        writeln!(text, "  fails {}, tried {attempts} times: {error}", since(*from))?;
+        writeln!(text, "  fails {}, attempts: {attempts}: {error}", since(*from))?;
     }
 
     writeln!(

@@ -119,7 +119,7 @@ fn who_is_not_ready_says_why() {
       services: followed for 16m, last heard of 2s ago
       nodes: away for 5m0s, last heard of 2s ago: nodes is forbidden
     Applied:     not yet
-      fails for 60s, tried 6 times: the map is full
+      fails for 60s, attempts: 6: the map is full
     Services:    5, 2 of them without a pod here
     Externals:   6 IPv4, 3 IPv6
     Pods:        4 here, 1 draining, 9 in the cluster

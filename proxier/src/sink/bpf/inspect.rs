@@ -389,7 +389,8 @@ pub fn statistics(pin_path: &Path) -> anyhow::Result<Vec<StatisticRow>> {
     Statistic::ALL.into_iter().map(row).collect()
 }
 
-/// How full the maps are that have keys and can be full. Reads all of them: of full ones, that takes tens of milliseconds.
+/// How full the maps are that have keys and can be full. Reads all of them, which takes
+/// tenths of a second if flows and sessions are full.
 ///
 /// # Errors
 ///
