@@ -8,22 +8,29 @@ use std::{
     net::SocketAddr,
     path::PathBuf,
     process::ExitCode,
+    sync::Arc,
 };
 
+use ::kube::Client;
 use anyhow::Context as _;
 use clap::{
     Arg, Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand,
     builder::{BoolishValueParser, Resettable},
 };
 use ipnet::IpNet;
+use tokio::sync::mpsc;
 
 use crate::{
-    app::{self, Machine, Shutdown, Until},
+    app::{self, Machine, Shutdown, Tellers, Until},
     desired::{ExternalCidr, NoBackend, Settings},
     model::NodeName,
     observe::{
-        http::DEFAULT_METRICS_ADDRESS,
+        Observed,
+        events::Events,
+        http::{self, DEFAULT_METRICS_ADDRESS, ListenArgs},
         log::{self, LogFormat},
+        metrics::kernel::PinnedMaps,
+        service_health::ServiceHealth,
         status,
         table::{self, Output, TableRow},
     },
@@ -31,7 +38,7 @@ use crate::{
         bpf::{self, AttachMode, BpfSink, inspect},
         json::JsonSink,
     },
-    source::{Source, directory::Directory, file, kube},
+    source::{Batch, Onlooker, directory::Directory, file, kube},
 };
 
 /// Delivers every port and every protocol of a Service's external addresses to a pod on this node.
@@ -101,6 +108,9 @@ struct KubeArgs {
     /// This node's name, as EndpointSlices write it [default: the host's name]
     #[arg(long, env = "NODE_NAME", value_name = "NAME")]
     node_name: Option<String>,
+    /// Write no Events about Services; the log has the same
+    #[arg(long, env = "PROXIER_NO_EVENTS", value_parser = BoolishValueParser::new())]
+    no_events: bool,
     #[command(subcommand)]
     sink: SinkCommand,
 }
@@ -153,6 +163,8 @@ struct ToBpfArgs {
     no_backend: NoBackend,
     #[command(flatten)]
     externals: ExternalArgs,
+    #[command(flatten)]
+    listen: ListenArgs,
 }
 
 #[derive(Debug, Args)]
@@ -345,11 +357,13 @@ fn print(text: &str) -> anyhow::Result<()> {
 }
 
 fn kube(arguments: KubeArgs) -> anyhow::Result<()> {
-    let KubeArgs { service_proxy_name, kubeconfig, context, node_name, sink } = arguments;
-    let options = kube::Options { service_proxy_name, kubeconfig, context, timing: kube::Timing::default() };
+    let KubeArgs { service_proxy_name, kubeconfig, context, node_name, no_events, sink } = arguments;
+    let options = kube::Options { kubeconfig, context, ..kube::Options::new(service_proxy_name) };
     agent(node_name, sink, async move || {
         let server = kube::server(&options).await?;
-        Ok(move || kube::spawn(&server, &options))
+        let events = if no_events { None } else { Some(server.client()?) };
+        let start = move |onlooker| kube::spawn(&server, &options, onlooker);
+        Ok(Found { kind: "kube", events, start })
     })
 }
 
@@ -357,18 +371,28 @@ fn file(arguments: FileArgs) -> anyhow::Result<()> {
     let FileArgs { input, service_proxy_name, node_name, sink } = arguments;
     agent(node_name, sink, async move || {
         let directory = Directory::open(input, service_proxy_name)?;
-        Ok(move || file::spawn(directory))
+        let start = move |onlooker| file::spawn(directory, onlooker);
+        Ok(Found { kind: "file", events: None, start })
     })
 }
 
-/// Runs the agent. `find` finds the source and tells how to start it.
+/// A source that can be started.
+struct Found<S> {
+    /// The word that the command line has for it.
+    kind: &'static str,
+    /// Where Events are written, if anywhere.
+    events: Option<Client>,
+    start: S,
+}
+
+/// Runs the agent with the source that `find` finds.
 fn agent<S>(
     node_name: Option<String>,
     sink: SinkCommand,
-    find: impl AsyncFnOnce() -> anyhow::Result<S>,
+    find: impl AsyncFnOnce() -> anyhow::Result<Found<S>>,
 ) -> anyhow::Result<()>
 where
-    S: FnOnce() -> anyhow::Result<Source>,
+    S: FnOnce(Arc<dyn Onlooker>) -> anyhow::Result<mpsc::Receiver<Batch>>,
 {
     let node = self::node_name(node_name)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -379,29 +403,42 @@ where
     runtime.block_on(async {
         let shutdown = Shutdown::listen()?;
         // Before anything is read or changed: whoever made a mistake on the command line is waiting to be told.
-        let start = find().await?;
+        let Found { kind, events, start } = find().await?;
         match sink {
             SinkCommand::ToBpf(sink) => {
                 let settings = Settings {
                     no_backend: sink.no_backend,
                     node_clients: !sink.no_local_clients,
-                    ..settings(node, sink.externals)
+                    ..settings(node.clone(), sink.externals)
                 };
+                let kernel = PinnedMaps { pin_path: sink.pin.pin_path.clone() };
                 let options = bpf::Options {
                     uplinks: sink.uplinks,
                     pin_path: sink.pin.pin_path,
                     attach: sink.attach,
                     local_clients: !sink.no_local_clients,
                 };
+                let observed = Observed::new(&node, kind, Some(Box::new(kernel)));
+                let _servers = http::serve(&observed, sink.listen);
                 let mut bpf = BpfSink::open(options)?;
-                app::run(start()?, &mut bpf, settings, Until::Signalled, Machine::ThisNode, shutdown).await
+                let batches = start(observed.onlooker())?;
+                let tellers = Tellers {
+                    events: events.map(|client| Events::start(client, &node, &observed)),
+                    service_health: Some(ServiceHealth::new(observed.health.clone())),
+                    observed,
+                };
+                app::run(batches, &mut bpf, settings, tellers, Until::Signalled, Machine::ThisNode, shutdown)
+                    .await
             }
             SinkCommand::ToJson(sink) => {
                 let settings = settings(node.clone(), sink.externals);
+                let observed = Observed::new(&node, kind, None);
                 let mut json = JsonSink::new(Box::new(io::stdout()), node, sink.pretty);
                 let until = if sink.once { Until::FirstApply } else { Until::Signalled };
+                let batches = start(observed.onlooker())?;
+                let tellers = Tellers::new(observed);
                 // The lines may be read anywhere, so what this host's interfaces have does not matter.
-                app::run(start()?, &mut json, settings, until, Machine::Any, shutdown).await
+                app::run(batches, &mut json, settings, tellers, until, Machine::Any, shutdown).await
             }
         }
     })

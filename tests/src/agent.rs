@@ -53,6 +53,8 @@ pub struct AgentSpec {
     pub binary: PathBuf,
     /// The directory of manifests.
     pub manifests: PathBuf,
+    /// The words before `to-bpf`: the source.
+    pub source: Vec<OsString>,
     /// Where its log goes.
     pub log: PathBuf,
     /// The interface it attaches to.
@@ -70,6 +72,7 @@ impl AgentSpec {
         Self {
             binary: binary.to_owned(),
             manifests: manifests.to_owned(),
+            source: vec!["file".into(), "--input".into(), manifests.into()],
             log: log.to_owned(),
             uplink: UPLINK.to_owned(),
             arguments: Vec::new(),
@@ -100,9 +103,7 @@ impl AgentSpec {
             .node
             .namespace
             .command(&self.binary)?
-            .arg("file")
-            .arg("--input")
-            .arg(&self.manifests)
+            .args(&self.source)
             .args(["--node-name", NODE_NAME, "to-bpf", "--uplink", &self.uplink, "--pin-path"])
             .arg(lab.pin_path())
             .args(&self.arguments)
@@ -145,6 +146,12 @@ impl Agent {
         let bytes = fs::read(&self.log).unwrap_or_default();
         let start = usize::try_from(self.log_start).unwrap_or(usize::MAX).min(bytes.len());
         String::from_utf8_lossy(&bytes[start..]).into_owned()
+    }
+
+    /// Its process's number.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// Where it logs.

@@ -10,6 +10,7 @@ pub mod connection;
 pub mod exchange;
 pub mod host;
 pub mod inbox;
+pub mod loss;
 pub mod manifests;
 pub mod matrix;
 pub mod neighbour;

@@ -150,6 +150,13 @@ impl<'a> Plan<'a> {
         sources::next(id, service.sources.as_ref(), self.room_for_sources, actual).shortage
     }
 
+    /// The Service that `task` makes as desired.
+    #[must_use]
+    pub fn service(&self, task: Task) -> Option<&ServiceKey> {
+        let Task::Update(id) = task else { return None };
+        self.wanted.get(&id).map(|(key, _)| *key)
+    }
+
     /// What `task` is about, for people.
     #[must_use]
     pub fn subject(&self, task: Task, actual: &Actual) -> String {

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, fmt::Display};
 
 use ipnet::IpNet;
 
-use crate::desired::{Desired, DesiredService, NoBackend, ServiceKey};
+use crate::desired::{Desired, DesiredService, NoBackend, Scope, ServiceKey};
 
 /// More changes at once than this are counted rather than told one by one.
 const MAX_LINES: usize = 100;
@@ -24,32 +24,31 @@ pub enum Change<'a> {
     Withdrawn(&'a ServiceKey, &'a DesiredService),
 }
 
-/// What differs between two states.
+/// What differs between two states, within `scope`.
 #[must_use]
-pub fn between<'a>(before: &'a Desired, after: &'a Desired) -> Vec<Change<'a>> {
-    let mut changes = Vec::new();
-    for (key, service) in &before.services {
-        if !after.services.contains_key(key) {
-            changes.push(Change::Withdrawn(key, service));
+pub fn between<'a>(before: &'a Desired, after: &'a Desired, scope: &'a Scope) -> Vec<Change<'a>> {
+    let change = |key| match (before.services.get_key_value(key), after.services.get_key_value(key)) {
+        (None, None) => None,
+        (Some((key, service)), None) => Some(Change::Withdrawn(key, service)),
+        (Some((_, known)), Some((_, service))) if known == service => None,
+        (Some((_, known)), Some((key, service))) if service.pods.is_empty() && !known.pods.is_empty() => {
+            Some(Change::WithoutPods(key, service))
+        }
+        (Some(_), Some((key, service))) => Some(Change::Changed(key, service)),
+        (None, Some((key, service))) if service.pods.is_empty() => Some(Change::WithoutPods(key, service)),
+        (None, Some((key, service))) => Some(Change::Programmed(key, service)),
+    };
+    match scope {
+        Scope::Only(keys) => keys.iter().filter_map(change).collect(),
+        Scope::All => {
+            let new = after.services.keys().filter(|key| !before.services.contains_key(key));
+            before.services.keys().chain(new).filter_map(change).collect()
         }
     }
-    for (key, service) in &after.services {
-        match before.services.get(key) {
-            Some(known) if known == service => {}
-            Some(known) if service.pods.is_empty() && !known.pods.is_empty() => {
-                changes.push(Change::WithoutPods(key, service));
-            }
-            Some(_) => changes.push(Change::Changed(key, service)),
-            None if service.pods.is_empty() => changes.push(Change::WithoutPods(key, service)),
-            None => changes.push(Change::Programmed(key, service)),
-        }
-    }
-    changes
 }
 
 /// Writes the differences to the log.
-pub fn log(before: &Desired, after: &Desired) {
-    let changes = between(before, after);
+pub fn log(changes: &[Change<'_>]) {
     if changes.len() > MAX_LINES {
         tracing::info!(changes = changes.len(), "many Services changed; `proxier get services` shows them");
         return;
@@ -140,15 +139,22 @@ mod tests {
     }
 
     fn kinds(before: &Desired, after: &Desired) -> Vec<&'static str> {
-        between(before, after)
-            .iter()
-            .map(|change| match change {
-                Change::Programmed(..) => "programmed",
-                Change::Changed(..) => "changed",
-                Change::WithoutPods(..) => "without pods",
-                Change::Withdrawn(..) => "withdrawn",
-            })
-            .collect()
+        let within = |scope| -> Vec<_> {
+            between(before, after, &scope)
+                .iter()
+                .map(|change| match change {
+                    Change::Programmed(..) => "programmed",
+                    Change::Changed(..) => "changed",
+                    Change::WithoutPods(..) => "without pods",
+                    Change::Withdrawn(..) => "withdrawn",
+                })
+                .collect()
+        };
+        assert_eq!(between(before, after, &Scope::Only(BTreeSet::new())), []);
+        let all = within(Scope::All);
+        let both = before.services.keys().chain(after.services.keys()).cloned().collect();
+        assert_eq!(within(Scope::Only(both)), all);
+        all
     }
 
     #[test]

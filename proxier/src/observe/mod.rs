@@ -3,11 +3,13 @@
 
 pub mod changes;
 pub mod counts;
+pub mod events;
 pub mod health;
 pub mod http;
 pub mod listen;
 pub mod log;
 pub mod metrics;
+pub mod notices;
 pub mod observed;
 pub mod report;
 pub mod service_health;

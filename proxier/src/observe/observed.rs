@@ -19,7 +19,11 @@ use super::{
         ResourceReport, SourceReport, StatusReport, SyncReport,
     },
 };
-use crate::model::{NodeName, Problem, Severity};
+use crate::{
+    model::{NodeName, Problem, Severity},
+    sink::Attached,
+    source::{Onlooker, TURN},
+};
 
 /// What is to be seen of the agent. Clones share it; every method may be called from any thread.
 #[derive(Clone, Debug)]
@@ -152,7 +156,14 @@ impl Observed {
     }
 
     /// Whenever the sink has attached to, or let go of, an interface, with all that carry the programs now.
-    pub fn attached(&self, mut interfaces: Vec<Interface>) {
+    pub fn attached(&self, interfaces: &[Attached]) {
+        let mut interfaces: Vec<Interface> = interfaces
+            .iter()
+            .map(|Attached { interface, is_uplink }| Interface {
+                name: interface.clone(),
+                role: if *is_uplink { InterfaceRole::Uplink } else { InterfaceRole::PodLink },
+            })
+            .collect();
         let uplinks = interfaces.iter().filter(|interface| interface.role == InterfaceRole::Uplink).count();
         self.metrics.attached(uplinks, interfaces.len() - uplinks);
         self.health.uplinks(uplinks);
@@ -163,6 +174,12 @@ impl Observed {
     /// Whenever the sink has looked whether the pinned maps are its own.
     pub fn pins(&self, present: bool) {
         self.health.pins(present);
+    }
+
+    /// Who is told how the source stands. Its loop counts as one of the agent's from now on.
+    #[must_use]
+    pub fn onlooker(&self) -> Arc<dyn Onlooker> {
+        Arc::new(SourceObserved { observed: self.clone(), beat: self.beat("source", 12 * TURN) })
     }
 
     /// When the source follows `resource` (`services`, `endpointslices`, `nodes`, `files`) from now on; while it does, does no
@@ -248,6 +265,34 @@ impl Observed {
             interfaces: status.interfaces.clone(),
             problems: status.problems.clone(),
         }
+    }
+}
+
+/// A source that is looked on.
+struct SourceObserved {
+    observed: Observed,
+    beat: Beat,
+}
+
+impl Onlooker for SourceObserved {
+    fn connected(&self, resource: &'static str) {
+        self.observed.source_connected(resource);
+    }
+
+    fn failed(&self, resource: &'static str, kind: &'static str, reason: &str) {
+        self.observed.source_failed(resource, kind, &reason);
+    }
+
+    fn heard(&self, resource: &'static str) {
+        self.observed.source_heard(resource);
+    }
+
+    fn relisted(&self, resource: &'static str) {
+        self.observed.source_relisted(resource);
+    }
+
+    fn turned(&self) {
+        self.beat.turn();
     }
 }
 
@@ -367,12 +412,12 @@ mod tests {
         observed.applied(Duration::ZERO);
         let failing: Vec<_> = observed.report().failing.into_iter().map(|failing| failing.check).collect();
         assert_eq!(failing, ["uplink-attached"]);
-        let interface = |name: &str, role| Interface { name: name.to_owned(), role };
-        let (uplink, pod) =
-            (interface("eth0", InterfaceRole::Uplink), interface("veth1", InterfaceRole::PodLink));
-        observed.attached(vec![pod.clone(), uplink.clone()]);
+        let attached = |interface: &str, is_uplink| Attached { interface: interface.to_owned(), is_uplink };
+        observed.attached(&[attached("veth1", false), attached("eth0", true)]);
         assert!(observed.report().ready);
-        assert_eq!(observed.report().interfaces, [uplink, pod]);
+        let interface = |name: &str, role| Interface { name: name.to_owned(), role };
+        let expected = [interface("eth0", InterfaceRole::Uplink), interface("veth1", InterfaceRole::PodLink)];
+        assert_eq!(observed.report().interfaces, expected);
         let text = observed.metrics.encode().unwrap();
         assert!(text.contains("proxier_attached_interfaces{role=\"uplink\"} 1\n"), "{text}");
         observed.pins(false);

@@ -13,13 +13,17 @@ const MAX_OF_FIELD: usize = 5;
 
 /// What is known to be wrong.
 #[derive(Debug, Default)]
-pub struct Report {
+pub struct Report(BTreeMap<Subject, Known>);
+
+/// What is known of one subject.
+#[derive(Debug, Default)]
+struct Known {
     /// What has been told.
     told: BTreeSet<Problem>,
     /// How many have been said to be there beside those told.
     more: BTreeMap<Field, usize>,
-    /// What had problems, told or not.
-    wrong: BTreeSet<Subject>,
+    /// Whether it had problems that matter, told or not.
+    is_wrong: bool,
 }
 
 /// A field of an object, whichever of its items.
@@ -61,35 +65,44 @@ pub enum Transition {
 }
 
 impl Report {
-    /// Compares all problems that there are now with those that there were.
-    pub fn update(&mut self, current: impl IntoIterator<Item = Problem>) -> Vec<Transition> {
+    /// Compares all that is wrong with `subject` now with what was.
+    pub fn update(
+        &mut self,
+        subject: &Subject,
+        current: impl IntoIterator<Item = Problem>,
+    ) -> Vec<Transition> {
+        let before = self.0.remove(subject).unwrap_or_default();
         let mut fields: BTreeMap<Field, BTreeSet<Problem>> = BTreeMap::new();
         for problem in current {
             fields.entry(Field::of(&problem)).or_default().insert(problem);
         }
-        let matter = fields.keys().filter(|field| field.severity != Severity::Info);
-        let wrong: BTreeSet<Subject> = matter.map(|field| field.subject.clone()).collect();
-        let solved = self.wrong.difference(&wrong).cloned();
-        let mut transitions: Vec<_> = solved.map(Transition::Solved).collect();
-
-        let (mut told, mut more) = (BTreeSet::new(), BTreeMap::new());
+        let mut known = Known {
+            is_wrong: fields.keys().any(|field| field.severity != Severity::Info),
+            ..Known::default()
+        };
+        let mut transitions = Vec::new();
+        if before.is_wrong && !known.is_wrong {
+            transitions.push(Transition::Solved(subject.clone()));
+        }
         for (field, problems) in fields {
-            let (known, mut new): (Vec<_>, Vec<_>) =
-                problems.into_iter().partition(|problem| self.told.contains(problem));
+            let (old, mut new): (Vec<_>, Vec<_>) =
+                problems.into_iter().partition(|problem| before.told.contains(problem));
             // Item 10 after item 9.
             new.sort_by(|a, b| (a.field.len(), a).cmp(&(b.field.len(), b)));
-            let room = MAX_OF_FIELD.saturating_sub(known.len()).min(new.len());
+            let room = MAX_OF_FIELD.saturating_sub(old.len()).min(new.len());
             let rest = new.split_off(room).len();
-            told.extend(known.into_iter().chain(new.iter().cloned()));
+            known.told.extend(old.into_iter().chain(new.iter().cloned()));
             transitions.extend(new.into_iter().map(Transition::Appeared));
             if rest > 0 {
-                if self.more.get(&field) != Some(&rest) {
+                if before.more.get(&field) != Some(&rest) {
                     transitions.push(Transition::More(field.clone(), rest));
                 }
-                more.insert(field, rest);
+                known.more.insert(field, rest);
             }
         }
-        *self = Self { told, more, wrong };
+        if !known.told.is_empty() {
+            self.0.insert(subject.clone(), known);
+        }
         transitions
     }
 }
@@ -125,6 +138,16 @@ fn write(severity: Severity, line: &dyn Display) {
 mod tests {
     use super::*;
 
+    /// All that is wrong with anything.
+    fn update(report: &mut Report, problems: impl IntoIterator<Item = Problem>) -> Vec<Transition> {
+        let mut of_subjects: BTreeMap<Subject, Vec<Problem>> =
+            report.0.keys().map(|subject| (subject.clone(), Vec::new())).collect();
+        for problem in problems {
+            of_subjects.entry(problem.subject.clone()).or_default().push(problem);
+        }
+        of_subjects.into_iter().flat_map(|(subject, problems)| report.update(&subject, problems)).collect()
+    }
+
     fn problem(file: &str, reason: &str, severity: Severity) -> Problem {
         Problem::new(severity, Subject::File(file.into()), reason, "mend it")
     }
@@ -133,10 +156,10 @@ mod tests {
     fn a_problem_is_told_once_and_its_end_once() {
         let mut report = Report::default();
         let broken = problem("a.yaml", "has a tab", Severity::Error);
-        assert_eq!(report.update([broken.clone()]), [Transition::Appeared(broken.clone())]);
-        assert_eq!(report.update([broken.clone()]), []);
-        assert_eq!(report.update([]), [Transition::Solved(broken.subject)]);
-        assert_eq!(report.update([]), []);
+        assert_eq!(update(&mut report, [broken.clone()]), [Transition::Appeared(broken.clone())]);
+        assert_eq!(update(&mut report, [broken.clone()]), []);
+        assert_eq!(update(&mut report, []), [Transition::Solved(broken.subject)]);
+        assert_eq!(update(&mut report, []), []);
     }
 
     #[test]
@@ -146,16 +169,16 @@ mod tests {
             problem("a.yaml", "has a tab", Severity::Error),
             problem("a.yaml", "has a quote", Severity::Error),
         );
-        report.update([tab.clone()]);
-        assert_eq!(report.update([quote.clone()]), [Transition::Appeared(quote.clone())]);
-        assert_eq!(report.update([]), [Transition::Solved(quote.subject)]);
+        update(&mut report, [tab.clone()]);
+        assert_eq!(update(&mut report, [quote.clone()]), [Transition::Appeared(quote.clone())]);
+        assert_eq!(update(&mut report, []), [Transition::Solved(quote.subject)]);
     }
 
     #[test]
     fn what_was_a_mere_remark_is_not_solved() {
         let mut report = Report::default();
-        report.update([problem("a.yaml", "has a Pod", Severity::Info)]);
-        assert_eq!(report.update([]), []);
+        update(&mut report, [problem("a.yaml", "has a Pod", Severity::Info)]);
+        assert_eq!(update(&mut report, []), []);
     }
 
     fn bad_range(index: usize) -> Problem {
@@ -185,12 +208,12 @@ mod tests {
         let mut report = Report::default();
         let all = || (0..5_000).map(bad_range);
         let first: Vec<_> = (0..5).map(bad_range).collect();
-        assert_eq!(told(&report.update(all())), (first, vec![4_995]));
-        assert_eq!(report.update(all()), []);
+        assert_eq!(told(&update(&mut report, all())), (first, vec![4_995]));
+        assert_eq!(update(&mut report, all()), []);
         let next = vec![bad_range(5), bad_range(6)];
-        assert_eq!(told(&report.update(all().skip(2))), (next, vec![4_993]));
-        assert_eq!(told(&report.update((2..6).map(bad_range))), (vec![], vec![]));
-        assert_eq!(report.update([]), [Transition::Solved(bad_range(0).subject)]);
+        assert_eq!(told(&update(&mut report, all().skip(2))), (next, vec![4_993]));
+        assert_eq!(told(&update(&mut report, (2..6).map(bad_range))), (vec![], vec![]));
+        assert_eq!(update(&mut report, []), [Transition::Solved(bad_range(0).subject)]);
     }
 
     #[test]
@@ -198,7 +221,7 @@ mod tests {
         let mut report = Report::default();
         let port = bad_range(0).in_field("spec.ports[3].port", "0");
         let other = Problem { subject: Subject::File("b.yaml".into()), ..bad_range(0) };
-        let transitions = report.update((0..100).map(bad_range).chain([port.clone(), other.clone()]));
+        let transitions = update(&mut report, (0..100).map(bad_range).chain([port.clone(), other.clone()]));
         for problem in [port, other] {
             assert!(transitions.contains(&Transition::Appeared(problem)), "{transitions:?}");
         }

@@ -3,9 +3,12 @@
 pub mod bpf;
 pub mod json;
 
+use thiserror::Error;
+
 use crate::{
     catalog::Catalog,
     desired::{Desired, Scope},
+    model::ObjectName,
 };
 
 /// What a sink is given at every change: always the whole state, and where in it to look.
@@ -17,6 +20,50 @@ pub struct Snapshot<'a> {
     pub desired: &'a Desired,
     /// What of it may differ from the snapshot before. [`Scope::All`] in the first one, and after a failure.
     pub scope: &'a Scope,
+}
+
+/// What is in the way of a [`Snapshot`]. Everything else of it is in force.
+#[derive(Debug, Error)]
+#[error("{}; everything else is in force", list(failures))]
+pub struct Incomplete {
+    /// One for each part that is not. There is one at least.
+    pub failures: Vec<Failure>,
+}
+
+/// What is in the way of a part of a [`Snapshot`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// What it is about, for people.
+    pub subject: String,
+    /// The Service that it is about, if it is about one.
+    pub service: Option<ObjectName>,
+    /// Whether there is no room for it.
+    pub is_full: bool,
+    /// What went wrong, and what to do about it.
+    pub message: String,
+}
+
+fn list(failures: &[Failure]) -> String {
+    let line = |Failure { subject, message, .. }: &Failure| format!("{subject}: {message}");
+    failures.iter().map(line).collect::<Vec<_>>().join("; ")
+}
+
+/// Where a sink's programs are, and whether what it writes reaches whoever comes after it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Condition {
+    /// Interfaces that carry the programs.
+    pub interfaces: Vec<Attached>,
+    /// Whether the tables that it writes are those that are pinned.
+    pub pinned: bool,
+}
+
+/// An interface that carries the programs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attached {
+    /// Its name.
+    pub interface: String,
+    /// Whether it leads to clients, rather than to a pod.
+    pub is_uplink: bool,
 }
 
 /// Brings the outside world in line with a [`Snapshot`].
@@ -35,7 +82,12 @@ pub trait Sink {
         Desired::default()
     }
 
-    /// Called about once a second while nothing changes, for housekeeping.
+    /// What can be seen of the sink beside what it has applied; none if there is nothing.
+    fn condition(&self) -> Option<Condition> {
+        None
+    }
+
+    /// Called about once a second, for housekeeping.
     ///
     /// # Errors
     ///

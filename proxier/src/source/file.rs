@@ -5,7 +5,7 @@ use std::{
     fs, io,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
-    sync::mpsc as std_mpsc,
+    sync::{Arc, mpsc as std_mpsc},
     thread,
     time::{Duration, Instant},
 };
@@ -15,11 +15,13 @@ use notify::{
     EventKind, RecommendedWatcher, RecursiveMode, Watcher as _,
     event::{AccessKind, AccessMode},
 };
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 
-use super::{Batch, Source, Standing, directory::Directory};
+use super::{Batch, Onlooker, directory::Directory};
 use crate::model::{Problem, ProblemKind, Severity, Subject};
 
+/// What is read, for who looks on.
+const FILES: &str = "files";
 /// Editors write a file in several steps; what they leave in between is nobody's intention.
 const QUIET: Duration = Duration::from_millis(100);
 /// Somebody who writes all the time must not put off everybody else's changes for ever.
@@ -34,19 +36,17 @@ const REREAD_UNWATCHED: Duration = Duration::from_secs(2);
 /// # Errors
 ///
 /// The thread cannot be started.
-pub fn spawn(directory: Directory) -> anyhow::Result<Source> {
+pub fn spawn(directory: Directory, onlooker: Arc<dyn Onlooker>) -> anyhow::Result<mpsc::Receiver<Batch>> {
     // Small: while the receiver is busy, changes come together in the files, not in memory.
     let (batches, receiver) = mpsc::channel(1);
     thread::Builder::new()
         .name("file-source".to_owned())
-        .spawn(move || run(directory, &batches))
+        .spawn(move || run(directory, &batches, &*onlooker))
         .context("cannot start a thread to read --input")?;
-    // A file that cannot be read is a problem of that file; the directory is always in sight.
-    let (_, standing) = watch::channel(Standing::default());
-    Ok(Source { batches: receiver, standing })
+    Ok(receiver)
 }
 
-fn run(mut directory: Directory, batches: &mpsc::Sender<Batch>) {
+fn run(mut directory: Directory, batches: &mpsc::Sender<Batch>, onlooker: &dyn Onlooker) {
     let (changes, changed) = std_mpsc::channel();
     let mut watch = Watch::new(directory.watched().to_owned(), changes);
     let mut known_problems = None;
@@ -65,11 +65,14 @@ fn run(mut directory: Directory, batches: &mpsc::Sender<Batch>) {
         batch.problems.get_or_insert_default().extend(unwatched);
         if !batch.events.is_empty() || known_problems != batch.problems {
             known_problems.clone_from(&batch.problems);
+            onlooker.heard(FILES);
             if batches.blocking_send(batch).is_err() {
                 return;
             }
         }
-        if wait(&changed, pause, batches).is_err() {
+        // A file that cannot be read is a problem of that file; the directory is always in sight.
+        onlooker.connected(FILES);
+        if wait(&changed, pause, batches, onlooker).is_err() {
             return;
         }
     }
@@ -83,9 +86,11 @@ fn wait(
     changed: &std_mpsc::Receiver<()>,
     pause: Duration,
     batches: &mpsc::Sender<Batch>,
+    onlooker: &dyn Onlooker,
 ) -> Result<(), Closed> {
     let until = Instant::now() + pause;
     loop {
+        onlooker.turned();
         if batches.is_closed() {
             return Err(Closed);
         }
@@ -184,6 +189,7 @@ fn directory_id(path: &Path) -> io::Result<DirectoryId> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::source::testing::Nobody;
 
     #[test]
     fn reading_a_file_is_no_change_and_writing_one_is() {
@@ -243,8 +249,8 @@ mod tests {
     async fn the_first_batch_comes_even_if_there_is_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let directory = Directory::open(dir.path().to_owned(), None).unwrap();
-        let mut source = spawn(directory).unwrap();
+        let mut batches = spawn(directory, Arc::new(Nobody)).unwrap();
         let first = Batch { problems: Some(Vec::new()), ..Batch::default() };
-        assert_eq!(source.batches.recv().await, Some(first));
+        assert_eq!(batches.recv().await, Some(first));
     }
 }

@@ -9,6 +9,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     path::PathBuf,
+    sync::Arc,
     time::SystemTime,
 };
 
@@ -21,7 +22,7 @@ use k8s_openapi::{
     jiff::Timestamp,
 };
 use kube::{
-    Api, Config, Resource,
+    Api, Client, Config, Resource,
     client::ClientBuilder,
     config::{KubeConfigOptions, Kubeconfig},
     runtime::watcher,
@@ -36,7 +37,7 @@ use self::{
     standing::Reporter,
 };
 use super::{
-    Source,
+    Batch, Onlooker,
     convert::{self, Converted, Refused, SERVICE_NAME_LABEL, SERVICE_PROXY_NAME_LABEL},
 };
 use crate::model::{NodeName, Object, ObjectId, ObjectName};
@@ -59,8 +60,24 @@ pub struct Options {
     pub kubeconfig: Option<PathBuf>,
     /// A context of the kubeconfig; the current one if none.
     pub context: Option<String>,
+    /// Objects of one page of a list. Each page is in memory as a whole while it is converted.
+    pub page_size: u32,
     /// How often the API server is asked.
     pub timing: Timing,
+}
+
+impl Options {
+    /// Everything as the command line has it without flags.
+    #[must_use]
+    pub fn new(service_proxy_name: impl Into<String>) -> Self {
+        Self {
+            service_proxy_name: service_proxy_name.into(),
+            kubeconfig: None,
+            context: None,
+            page_size: 250,
+            timing: Timing::default(),
+        }
+    }
 }
 
 /// How to reach an API server. Nothing has been sent to it yet.
@@ -70,9 +87,6 @@ pub struct Server {
     /// The addresses that this host reaches it at.
     addresses: BTreeSet<IpAddr>,
 }
-
-/// Objects of one page of a list. Each page is in memory as a whole while it is converted.
-const PAGE: u32 = 250;
 
 /// How many objects the watches may be ahead of whoever makes batches of them.
 const AHEAD: usize = 64;
@@ -117,6 +131,24 @@ pub async fn server(options: &Options) -> anyhow::Result<Server> {
     Ok(Server { config, addresses })
 }
 
+impl Server {
+    /// A client for what is not watched.
+    ///
+    /// # Errors
+    ///
+    /// As [`spawn`].
+    pub fn client(&self) -> anyhow::Result<Client> {
+        Client::try_from(self.config.clone()).with_context(|| self.unusable())
+    }
+
+    fn unusable(&self) -> String {
+        format!(
+            "no connection to the API server {} can be set up: check the certificates and keys in the kubeconfig",
+            self.config.cluster_url
+        )
+    }
+}
+
 /// The addresses in the URL, or behind the name in it.
 async fn addresses(config: &Config) -> BTreeSet<IpAddr> {
     let Some(host) = config.cluster_url.host() else { return BTreeSet::new() };
@@ -141,20 +173,19 @@ async fn addresses(config: &Config) -> BTreeSet<IpAddr> {
 /// # Errors
 ///
 /// The client cannot be set up: certificates or keys of the kubeconfig are of no use.
-pub fn spawn(server: &Server, options: &Options) -> anyhow::Result<Source> {
+pub fn spawn(
+    server: &Server,
+    options: &Options,
+    onlooker: Arc<dyn Onlooker>,
+) -> anyhow::Result<mpsc::Receiver<Batch>> {
     let timing = options.timing;
-    let (reporter, standing) = Reporter::new(&server.config.cluster_url.to_string(), &RESOURCES);
+    let reporter = Reporter::new(&server.config.cluster_url.to_string(), &RESOURCES, onlooker);
     let client = |resource| {
         let accepted = {
             let reporter = reporter.clone();
             move || reporter.accepted(resource)
         };
-        let client = ClientBuilder::try_from(server.config.clone()).with_context(|| {
-            format!(
-                "no connection to the API server {} can be set up: check the kubeconfig",
-                server.config.cluster_url
-            )
-        })?;
+        let client = ClientBuilder::try_from(server.config.clone()).with_context(|| server.unusable())?;
         anyhow::Ok(client.with_layer(&Link::new(timing, accepted)).build())
     };
     let ours = format!("{SERVICE_PROXY_NAME_LABEL}={}", options.service_proxy_name);
@@ -181,7 +212,7 @@ pub fn spawn(server: &Server, options: &Options) -> anyhow::Result<Source> {
     };
     let api_server =
         ApiServer { feed: feed(API_SERVER), slices: BTreeMap::new(), reached: server.addresses.clone() };
-    let all = watcher::Config::default().page_size(PAGE);
+    let all = watcher::Config::default().page_size(options.page_size);
     let selected = |labels: &str| all.clone().labels(labels);
     let own = selected(&format!("{SERVICE_NAME_LABEL}=kubernetes"));
     tokio::spawn(follow::<Service>(Api::all(client("services")?), selected(&ours), timing, services));
@@ -200,8 +231,8 @@ pub fn spawn(server: &Server, options: &Options) -> anyhow::Result<Source> {
     ));
 
     let (batches, receiver) = mpsc::channel(1);
-    tokio::spawn(Pending::new(&RESOURCES, ours).run(seen, batches));
-    Ok(Source { batches: receiver, standing })
+    tokio::spawn(Pending::new(&RESOURCES, ours).run(seen, batches, reporter));
+    Ok(receiver)
 }
 
 /// Where a watch sends what it sees. When nobody listens any more, the agent is ending, and so is the watch's task.
@@ -213,6 +244,7 @@ struct Feed {
 
 impl Feed {
     async fn send(&self, update: Update) {
+        self.reporter.onlooker().heard(self.resource);
         if self.updates.send(update).await.is_err() {
             // Nothing will ever be read again; the runtime ends this task with the agent.
             std::future::pending::<()>().await;

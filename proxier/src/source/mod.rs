@@ -1,12 +1,10 @@
 //! Where objects come from. A source delivers [`Batch`]es through a channel and knows nothing of what becomes of them.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     net::IpAddr,
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
-
-use tokio::sync::{mpsc, watch};
 
 use crate::model::{Object, ObjectId, Problem};
 
@@ -40,27 +38,41 @@ pub struct Batch {
     pub triggered: Vec<SystemTime>,
 }
 
-/// What a source delivers.
-#[derive(Debug)]
-pub struct Source {
-    /// What happens. Ends only if the source cannot go on.
-    pub batches: mpsc::Receiver<Batch>,
-    /// Whether it would be noticed.
-    pub standing: watch::Receiver<Standing>,
+/// Told how a source stands with the outside world. While it does not see what happens, what it has delivered stays true as
+/// far as anybody knows.
+///
+/// No call may wait for anything.
+pub trait Onlooker: Send + Sync {
+    /// What happens to `resource` is seen from now on.
+    fn connected(&self, resource: &'static str);
+    /// An attempt to see what happens to `resource` has failed; it goes on trying. `kind` is one of a few words.
+    fn failed(&self, resource: &'static str, kind: &'static str, reason: &str);
+    /// Something came of `resource`.
+    fn heard(&self, resource: &'static str);
+    /// All of `resource` has been read once more.
+    fn relisted(&self, resource: &'static str);
+    /// The source is at work, though nothing may happen: every few seconds.
+    fn turned(&self);
 }
 
-/// Whether a source sees what happens. While it does not, what it has delivered stays true as far as anybody knows.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Standing {
-    /// What it does not see, by name. Empty if all is well.
-    pub away: BTreeMap<&'static str, Away>,
-}
+/// How often [`Onlooker::turned`] is called.
+pub const TURN: Duration = Duration::from_secs(5);
 
-/// That something is out of a source's sight.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Away {
-    /// Since when.
-    pub since: SystemTime,
-    /// Why, and what to do about it.
-    pub reason: String,
+#[cfg(test)]
+pub(crate) mod testing {
+    //! Nobody who looks on.
+
+    use super::Onlooker;
+
+    /// Does not care.
+    #[derive(Clone, Copy, Debug)]
+    pub(crate) struct Nobody;
+
+    impl Onlooker for Nobody {
+        fn connected(&self, _: &'static str) {}
+        fn failed(&self, _: &'static str, _: &'static str, _: &str) {}
+        fn heard(&self, _: &'static str) {}
+        fn relisted(&self, _: &'static str) {}
+        fn turned(&self) {}
+    }
 }

@@ -1,4 +1,8 @@
-use std::{io::Write as _, net::TcpListener, thread};
+use std::{
+    io::{Read as _, Write as _},
+    net::TcpListener,
+    thread,
+};
 
 use super::*;
 use crate::observe::counts::{Endpoints, Families};
@@ -174,6 +178,8 @@ fn answering(answer: String) -> SocketAddr {
     let address = listener.local_addr().unwrap();
     thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
+        // An answer that comes before the question is another mistake.
+        assert!(stream.read(&mut [0; 1024]).unwrap() > 0);
         stream.write_all(answer.as_bytes()).unwrap();
     });
     address

@@ -20,15 +20,15 @@ use self::{
     events::Events,
     expiry::Expiry,
     sweeper::Sweeper,
-    tables::Tables,
+    tables::{TableError, Tables},
     uplinks::{Interface, View},
     versions::Version,
 };
-use super::{Sink, Snapshot};
+use super::{Attached, Condition, Failure, Incomplete, Sink, Snapshot};
 use crate::{
     delta::{Actual, Plan, Step},
     desired::{Desired, Scope},
-    model::Family,
+    model::{Family, ObjectName},
 };
 
 mod attach;
@@ -406,17 +406,23 @@ impl Sink for BpfSink {
         self.refresh()?;
         let mut failures = Vec::new();
         if let Err(error) = self.look_after_sweep() {
-            failures.push(format!("{error:#}"));
+            failures.push(Failure::of("flows and sessions of what went".to_owned(), None, &error));
         }
         let scope = if self.incomplete { &Scope::All } else { snapshot.scope };
         let plan = Plan::new(snapshot.desired, &self.actual, scope);
         let mut shortages = Vec::new();
         for task in plan.pressing() {
             if let Some(shortage) = plan.shortage(*task, &self.actual) {
-                shortages.push(format!("{}: {shortage}", plan.subject(*task, &self.actual)));
+                shortages.push(Failure {
+                    subject: plan.subject(*task, &self.actual),
+                    service: plan.service(*task).map(|key| key.service.clone()),
+                    is_full: true,
+                    message: shortage.to_string(),
+                });
             }
             if let Err(error) = self.execute(plan.steps(*task, &self.actual)) {
-                failures.push(format!("{}: {error:#}", plan.subject(*task, &self.actual)));
+                let service = plan.service(*task).map(|key| key.service.clone());
+                failures.push(Failure::of(plan.subject(*task, &self.actual), service, &error));
             }
         }
         // Also if some of it failed: the rest is in force, and what is withdrawn must end.
@@ -426,13 +432,21 @@ impl Sink for BpfSink {
         let is_due = self.incomplete || self.tidied_at.is_none_or(|at| at.elapsed() >= BETWEEN_TIDYINGS);
         if is_due && let Err(error) = self.tidy_up() {
             self.incomplete = true;
-            failures.push(format!("what nothing leads to any more: {error:#}"));
+            failures.push(Failure::of("what nothing leads to any more".to_owned(), None, &error));
         }
         failures.append(&mut shortages);
         if failures.is_empty() {
             return Ok(());
         }
-        bail!("{}; everything else is in force", failures.join("; "))
+        Err(Incomplete { failures }.into())
+    }
+
+    fn condition(&self) -> Option<Condition> {
+        let interfaces = self.attached.iter().map(|(interface, role)| Attached {
+            interface: interface.name.clone(),
+            is_uplink: *role == Role::Uplink,
+        });
+        Some(Condition { interfaces: interfaces.collect(), pinned: !self.pins_lost })
     }
 
     fn in_force(&self) -> Desired {
@@ -457,6 +471,13 @@ impl Sink for BpfSink {
             self.tidy_up().context("what nothing leads to any more stays for now")?;
         }
         Ok(())
+    }
+}
+
+impl Failure {
+    fn of(subject: String, service: Option<ObjectName>, error: &anyhow::Error) -> Self {
+        let is_full = matches!(error.downcast_ref(), Some(TableError::Full { .. }));
+        Self { subject, service, is_full, message: format!("{error:#}") }
     }
 }
 

@@ -10,9 +10,10 @@ use std::{
 
 use tokio::sync::mpsc;
 
+use super::standing::Reporter;
 use crate::{
     model::{Object, ObjectId, Problem},
-    source::{Batch, Event},
+    source::{Batch, Event, TURN},
 };
 
 /// What a watch has seen.
@@ -72,19 +73,27 @@ impl Pending {
     }
 
     /// Takes `updates` and sends `batches` until nobody wants them.
-    pub(super) async fn run(mut self, mut updates: mpsc::Receiver<Update>, batches: mpsc::Sender<Batch>) {
+    pub(super) async fn run(
+        mut self,
+        mut updates: mpsc::Receiver<Update>,
+        batches: mpsc::Sender<Batch>,
+        reporter: Reporter,
+    ) {
+        let mut turn = tokio::time::interval(TURN);
         loop {
             tokio::select! {
-                // What is there already belongs into the same batch.
-                biased;
                 update = updates.recv() => {
                     let Some(update) = update else { return };
+                    if let Update::Listed(resource) = update && !self.unlisted.contains(resource) {
+                        reporter.onlooker().relisted(resource);
+                    }
                     self.add(update);
                 }
                 permit = batches.reserve(), if self.is_due() => {
                     let Ok(permit) = permit else { return };
                     permit.send(self.take());
                 }
+                _ = turn.tick() => reporter.onlooker().turned(),
             }
         }
     }

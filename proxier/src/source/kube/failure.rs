@@ -13,6 +13,8 @@ const LONGEST_WAIT: Duration = Duration::from_secs(60);
 /// A request or a watch that failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Failure {
+    /// What it is, in a word, for metrics.
+    pub(super) kind: &'static str,
     /// The reason and the next step.
     pub(super) reason: String,
     /// Whether what is known is of no use for going on: everything must be listed again.
@@ -42,6 +44,7 @@ fn client(error: &kube::Error, resource: &str) -> Failure {
         kube::Error::SerdeError(error) => nonsense(error),
         kube::Error::FromUtf8(error) => nonsense(error),
         kube::Error::Auth(error) => Failure {
+            kind: "credentials",
             reason: format!(
                 "cannot sign in: {}; check the kubeconfig's user or the ServiceAccount's token",
                 chain(error)
@@ -49,8 +52,23 @@ fn client(error: &kube::Error, resource: &str) -> Failure {
             start_over: false,
             retry_after: None,
         },
-        error => Failure { reason: connection(error), start_over: false, retry_after: None },
+        // A server that says nothing, not even bookmarks, may have been put back to an earlier state: it waits for the
+        // resourceVersion that we have seen, and what happens until then would never be told.
+        error => Failure {
+            kind: if is_silence(error) { "silence" } else { "connection" },
+            reason: connection(error),
+            start_over: is_silence(error),
+            retry_after: None,
+        },
     }
+}
+
+/// Whether a connection was given up because nothing came.
+fn is_silence(error: &kube::Error) -> bool {
+    let error: &(dyn std::error::Error + 'static) = error;
+    std::iter::successors(Some(error), |error| error.source())
+        .filter_map(|error| error.downcast_ref::<std::io::Error>())
+        .any(|error| error.kind() == std::io::ErrorKind::TimedOut)
 }
 
 /// A server that cannot be reached. The outer errors say that there was one, the innermost says which.
@@ -66,6 +84,7 @@ fn connection(error: &kube::Error) -> String {
 
 fn nonsense(what: &dyn std::fmt::Display) -> Failure {
     Failure {
+        kind: "nonsense",
         reason: format!(
             "answers what cannot be understood ({what}): everything is listed again; check that the address is an API \
              server's, and what proxies are on the way"
@@ -101,6 +120,15 @@ fn status(status: &Status, resource: &str) -> Failure {
     // What stands between may answer with a page.
     let words: String = words.trim().chars().take(MAX_WORDS).collect();
     Failure {
+        kind: match code {
+            401 => "unauthorized",
+            403 => "forbidden",
+            404 => "not-found",
+            410 => "gone",
+            429 => "too-many-requests",
+            500.. => "server-error",
+            _ => "refused",
+        },
         reason: format!("refuses with {code}: {}; {next_step}", words.trim_end_matches('.')),
         start_over: *code == 410 || from_the_future,
         retry_after: retry_after.map(|seconds| Duration::from_secs(u64::from(seconds)).min(LONGEST_WAIT)),

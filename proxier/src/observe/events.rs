@@ -1,0 +1,237 @@
+//! Kubernetes Events: what `kubectl describe service` shows of what became of a Service. Not for when something is worth one:
+//! that is `notices`.
+//!
+//! Events are for people, and nothing waits for them: while the API server is away they are lost, and a Service that flaps
+//! is told of only so often. kube's `Recorder` is not used: of two events of one kind it keeps the first one's text.
+
+use std::{num::NonZeroU32, time::Duration};
+
+use governor::{
+    DefaultDirectRateLimiter, Quota, RateLimiter, clock::DefaultClock, middleware::NoOpMiddleware,
+    state::keyed::HashMapStateStore,
+};
+use k8s_openapi::{
+    api::{core::v1::ObjectReference, events::v1::Event},
+    apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta},
+    jiff::Timestamp,
+};
+use kube::{Api, Client, api::PostParams};
+use tokio::sync::mpsc;
+
+use super::{
+    Observed,
+    notices::{Kind, Notice},
+};
+use crate::model::{NodeName, ObjectName};
+
+/// Who tells, on every node.
+const CONTROLLER: &str = "proxier.io/agent";
+
+/// Longest note that the API server takes, in bytes (`Event.note`).
+const MAX_NOTE: usize = 1024;
+
+/// How many may wait to be published.
+const WAITING: usize = 256;
+
+/// A node's events: so many at once, then one in each period.
+const OF_NODE: Budget = Budget { at_once: NonZeroU32::new(50).unwrap(), period: Duration::from_secs(1) };
+/// The same of one Service. A pod that comes and goes every second is worth a few lines, not a thousand.
+const OF_SERVICE: Budget = Budget { at_once: NonZeroU32::new(6).unwrap(), period: Duration::from_secs(60) };
+
+#[derive(Clone, Copy, Debug)]
+struct Budget {
+    at_once: NonZeroU32,
+    period: Duration,
+}
+
+impl Budget {
+    fn quota(self) -> Quota {
+        // Only a period of zero gives none.
+        Quota::with_period(self.period)
+            .unwrap_or(Quota::per_second(NonZeroU32::MIN))
+            .allow_burst(self.at_once)
+    }
+}
+
+/// Why a notice is not published: it was one too many.
+const LIMITED: &str = "rate-limited";
+/// The same: the API server does not want it, or does not answer.
+const FAILED: &str = "failed";
+
+/// Takes notices to be published.
+#[derive(Clone, Debug)]
+pub struct Events {
+    notices: mpsc::Sender<Notice>,
+    observed: Observed,
+}
+
+impl Events {
+    /// Publishes as `node`, on a task of its own. Must be called within a runtime.
+    #[must_use]
+    pub fn start(client: Client, node: &NodeName, observed: &Observed) -> Self {
+        let (notices, waiting) = mpsc::channel(WAITING);
+        let publisher = Publisher {
+            client,
+            node: node.clone(),
+            limits: Limits::new(),
+            observed: observed.clone(),
+            failing: false,
+        };
+        tokio::spawn(publisher.run(waiting));
+        Self { notices, observed: observed.clone() }
+    }
+
+    /// Publishes a notice some time, or never: see above.
+    pub fn tell(&self, notice: Notice) {
+        if self.notices.try_send(notice).is_err() {
+            self.observed.event_dropped(LIMITED);
+        }
+    }
+}
+
+struct Limits {
+    of_node: DefaultDirectRateLimiter,
+    of_service: RateLimiter<ObjectName, HashMapStateStore<ObjectName>, DefaultClock, NoOpMiddleware>,
+}
+
+impl Limits {
+    fn new() -> Self {
+        Self {
+            of_node: RateLimiter::direct(OF_NODE.quota()),
+            of_service: RateLimiter::hashmap(OF_SERVICE.quota()),
+        }
+    }
+
+    fn allow(&self, service: &ObjectName) -> bool {
+        // Services that have been quiet for long need no state.
+        self.of_service.retain_recent();
+        self.of_service.check_key(service).is_ok() && self.of_node.check().is_ok()
+    }
+}
+
+struct Publisher {
+    client: Client,
+    node: NodeName,
+    limits: Limits,
+    observed: Observed,
+    /// Whether the last one failed: said once.
+    failing: bool,
+}
+
+impl Publisher {
+    async fn run(mut self, mut waiting: mpsc::Receiver<Notice>) {
+        while let Some(notice) = waiting.recv().await {
+            if self.limits.allow(&notice.service) {
+                self.publish(&notice).await;
+            } else {
+                tracing::debug!(service = %notice.service, "one Event too many: {}", notice.note);
+                self.observed.event_dropped(LIMITED);
+            }
+        }
+    }
+
+    async fn publish(&mut self, notice: &Notice) {
+        let events: Api<Event> = Api::namespaced(self.client.clone(), &notice.service.namespace);
+        let event = event(notice, &self.node, Timestamp::now());
+        match events.create(&PostParams::default(), &event).await {
+            Ok(_) => {
+                self.failing = false;
+                self.observed.event_published(notice.reason.name());
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut self.failing, true) {
+                    tracing::warn!(
+                        service = %notice.service,
+                        "Events cannot be written: {error}; the log has what they would tell; should it be forbidden, give \
+                         this ServiceAccount create of events in the API group events.k8s.io (deploy/ has a ClusterRole)"
+                    );
+                }
+                self.observed.event_dropped(FAILED);
+            }
+        }
+    }
+}
+
+fn event(notice: &Notice, node: &NodeName, now: Timestamp) -> Event {
+    let ObjectName { namespace, name } = &notice.service;
+    let mut note = notice.note.clone();
+    if note.len() > MAX_NOTE {
+        note.truncate(note.floor_char_boundary(MAX_NOTE - '…'.len_utf8()));
+        note.push('…');
+    }
+    Event {
+        metadata: ObjectMeta {
+            namespace: Some(namespace.to_string()),
+            // As client-go names them: two nodes would have to be of one mind to the nanosecond.
+            name: Some(format!("{name}.{:x}", now.as_nanosecond())),
+            ..ObjectMeta::default()
+        },
+        event_time: Some(MicroTime(now)),
+        reporting_controller: Some(CONTROLLER.to_owned()),
+        reporting_instance: Some(node.to_string()),
+        action: Some(notice.reason.action().to_owned()),
+        reason: Some(notice.reason.name().to_owned()),
+        regarding: Some(ObjectReference {
+            api_version: Some("v1".to_owned()),
+            kind: Some("Service".to_owned()),
+            namespace: Some(namespace.to_string()),
+            name: Some(name.to_string()),
+            uid: Some(notice.uid.clone()).filter(|uid| !uid.is_empty()),
+            ..ObjectReference::default()
+        }),
+        note: Some(note),
+        type_: Some(
+            match notice.reason.kind() {
+                Kind::Normal => "Normal",
+                Kind::Warning => "Warning",
+            }
+            .to_owned(),
+        ),
+        ..Event::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{model::testing::mk_name, observe::notices::Reason};
+
+    fn notice(note: &str) -> Notice {
+        Notice {
+            service: mk_name("web"),
+            uid: "u".to_owned(),
+            reason: Reason::Programmed,
+            note: note.to_owned(),
+        }
+    }
+
+    #[test]
+    fn an_event_regards_the_service_and_names_the_node() {
+        let event = event(&notice("hello"), &NodeName::new("node1"), Timestamp::UNIX_EPOCH);
+        let regarding = event.regarding.unwrap();
+        assert_eq!(
+            (regarding.kind.as_deref(), regarding.name.as_deref(), regarding.uid.as_deref()),
+            (Some("Service"), Some("web"), Some("u"))
+        );
+        assert_eq!(event.metadata.namespace.as_deref(), Some("default"));
+        assert_eq!(event.reporting_instance.as_deref(), Some("node1"));
+        assert_eq!(event.note.as_deref(), Some("hello"));
+    }
+
+    #[test]
+    fn a_note_is_cut_at_the_api_servers_limit_and_between_characters() {
+        let event = event(&notice(&"ü".repeat(1000)), &NodeName::new("node1"), Timestamp::UNIX_EPOCH);
+        let note = event.note.unwrap();
+        assert!(note.len() <= MAX_NOTE && note.ends_with("ü…"), "{} bytes", note.len());
+    }
+
+    #[test]
+    fn a_service_that_flaps_is_told_of_a_few_times_and_others_all_the_same() {
+        let limits = Limits::new();
+        let allowed = (0..1000).filter(|_| limits.allow(&mk_name("web"))).count();
+        assert_eq!(allowed, 6);
+        assert!(limits.allow(&mk_name("mail")));
+        let all = (0..1000).filter(|n| limits.allow(&mk_name(&format!("s{n}")))).count();
+        assert!(all < 60, "{all}");
+    }
+}

@@ -1,0 +1,374 @@
+//! Whatever an API server does: what the agent knows becomes what is true, nothing that is there is ever said to be gone, and a
+//! server that is not well is not asked more often for it.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
+use std::{
+    collections::BTreeSet,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use proxier::{
+    catalog::Catalog,
+    model::{NodeName, Object, ObjectId, ObjectName},
+    source::{
+        convert,
+        kube::{Options, Timing},
+    },
+};
+use proxier_tests::apiserver::{ApiServer, Fault, FutureWatch, Kind, Resource, Step, Verb};
+use rand::{RngExt as _, SeedableRng as _, rngs::Xoshiro256PlusPlus};
+use serde_json::{Value, json};
+use tokio::{sync::Semaphore, task::JoinSet};
+
+#[allow(dead_code, reason = "each test program uses its part")]
+mod cluster;
+
+use crate::cluster::{Observer, TIMING};
+
+const PROXY_NAME: &str = "faults";
+/// How many servers are driven at a time.
+const AT_A_TIME: usize = 12;
+
+/// A server with a few pages of objects, and who watches it.
+struct Rig {
+    server: Arc<ApiServer>,
+    options: Options,
+    _work: tempfile::TempDir,
+}
+
+impl Rig {
+    fn new() -> Self {
+        let work = tempfile::tempdir().unwrap();
+        let server = ApiServer::start().unwrap();
+        server.set_bookmark_interval(Duration::from_millis(300));
+        let kubeconfig = work.path().join("kubeconfig");
+        server.write_kubeconfig(&kubeconfig).unwrap();
+        for number in 0..10 {
+            server.apply(service(number, 0)).unwrap();
+            server.apply(slice(number, 0)).unwrap();
+        }
+        for number in 0..3 {
+            server.apply(node(number)).unwrap();
+        }
+        let options = Options {
+            kubeconfig: Some(kubeconfig),
+            page_size: 4,
+            timing: TIMING,
+            ..Options::new(PROXY_NAME)
+        };
+        Self { server: Arc::new(server), options, _work: work }
+    }
+
+    async fn observe(&self) -> Observer {
+        Observer::start(&self.options, "node1").await
+    }
+
+    /// Waits until what the observer knows is what there is.
+    async fn converge(&self, observer: &mut Observer, what: &str) {
+        let server = self.server.clone();
+        observer.until(what, move |catalog| *catalog == truth(&server)).await;
+    }
+
+    /// Changes some objects, removes one and adds one: never those below 3, which are the anchors.
+    fn change(&self, round: u32) {
+        for number in 3..6 {
+            self.server.apply(service(number, round)).unwrap();
+            self.server.apply(slice(number, round)).unwrap();
+        }
+        let (comes, goes) = if round % 2 == 0 { (6, 7) } else { (7, 6) };
+        self.server.apply(service(comes, round)).unwrap();
+        self.server.apply(slice(comes, round)).unwrap();
+        let _ = self.server.delete("Service", "default", &format!("s{goes}"));
+        let _ = self.server.delete("EndpointSlice", "default", &format!("s{goes}-1"));
+    }
+}
+
+fn labels(service: Option<u32>) -> Value {
+    let mut labels = json!({"service.kubernetes.io/service-proxy-name": PROXY_NAME});
+    if let Some(service) = service {
+        labels["kubernetes.io/service-name"] = json!(format!("s{service}"));
+    }
+    labels
+}
+
+fn service(number: u32, round: u32) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": {"name": format!("s{number}"), "namespace": "default", "labels": labels(None)},
+        "spec": {"clusterIP": "None", "externalIPs": [format!("203.0.{round}.{number}")]},
+    })
+}
+
+fn slice(number: u32, round: u32) -> Value {
+    json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+        "metadata": {"name": format!("s{number}-1"), "namespace": "default", "labels": labels(Some(number))},
+        "addressType": "IPv4",
+        "endpoints": [{"addresses": [format!("10.244.{round}.{number}")], "nodeName": "node1"}],
+        "ports": [],
+    })
+}
+
+fn node(number: u32) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Node", "metadata": {"name": format!("node{number}")},
+        "status": {"addresses": [{"type": "InternalIP", "address": format!("192.168.77.{number}")}]},
+    })
+}
+
+/// What a catalog with everything in it that the server has and the agent asks for would be.
+fn truth(server: &ApiServer) -> Catalog {
+    let mut catalog = Catalog::default();
+    for object in server.objects() {
+        let label = object.pointer("/metadata/labels/service.kubernetes.io~1service-proxy-name");
+        let ours = label.is_some_and(|label| label == PROXY_NAME);
+        let object: Object = match object["kind"].as_str().unwrap() {
+            "Service" if ours => {
+                convert::service(serde_json::from_value(object).unwrap()).unwrap().object.into()
+            }
+            "EndpointSlice" if ours => {
+                convert::endpoint_slice(serde_json::from_value(object).unwrap()).unwrap().object.into()
+            }
+            "Node" => convert::node(&serde_json::from_value(object).unwrap()).unwrap().object.into(),
+            _ => continue,
+        };
+        catalog.apply(object);
+    }
+    catalog
+}
+
+fn assert_anchors_stayed(observer: &Observer, what: &str) {
+    let anchors: BTreeSet<ObjectId> = (0..3)
+        .flat_map(|number| {
+            [
+                ObjectId::Service(ObjectName::new("default", format!("s{number}"))),
+                ObjectId::EndpointSlice(ObjectName::new("default", format!("s{number}-1"))),
+                ObjectId::Node(NodeName::new(format!("node{number}"))),
+            ]
+        })
+        .collect();
+    let lost: Vec<_> = observer.deleted.iter().filter(|id| anchors.contains(id)).collect();
+    assert!(lost.is_empty(), "{what}: these were there all the time: {lost:?}");
+}
+
+/// Runs many of them, some at a time.
+async fn all<F: Future<Output = ()> + Send + 'static>(runs: impl IntoIterator<Item = F>) {
+    let places = Arc::new(Semaphore::new(AT_A_TIME));
+    let mut set = JoinSet::new();
+    for run in runs {
+        let places = places.clone();
+        set.spawn(async move {
+            let _place = places.acquire().await.unwrap();
+            run.await;
+        });
+    }
+    while let Some(result) = set.join_next().await {
+        result.unwrap();
+    }
+}
+
+const VERBS: [Verb; 3] = [Verb::List, Verb::Continue, Verb::Watch];
+
+fn singly() -> impl Iterator<Item = Fault> {
+    Kind::ALL.into_iter().flat_map(|kind| VERBS.map(|verb| Fault::new(kind).on(verb)))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_fails_at_the_start_is_heard_once_it_is_well() {
+    all(singly().map(|fault| async move {
+        let rig = Rig::new();
+        rig.server.inject(fault.times(3));
+        let mut observer = rig.observe().await;
+        let what = format!("{fault} at the start");
+        // Nothing before everything: the first batch is the whole.
+        let first = tokio::time::timeout(Duration::from_secs(30), observer.batches.recv()).await;
+        observer.absorb(first.unwrap_or_else(|_| panic!("{what}: nothing comes")).unwrap());
+        assert_eq!(observer.catalog, truth(&rig.server), "{what}");
+        rig.change(1);
+        rig.converge(&mut observer, &what).await;
+        assert_anchors_stayed(&observer, &what);
+    }))
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_fails_later_is_followed_through_it() {
+    all(singly().map(|fault| async move {
+        let rig = Rig::new();
+        let mut observer = rig.observe().await;
+        let what = format!("{fault} later");
+        rig.converge(&mut observer, &what).await;
+        let id = rig.server.inject(fault.times(3));
+        rig.change(1);
+        observer.watch_for(Duration::from_millis(100)).await;
+        // Watches that begin anew, and lists.
+        rig.server.compact();
+        rig.server.cut_watches();
+        rig.change(2);
+        rig.converge(&mut observer, &what).await;
+        // Until the fault has happened as often as it may, or clearly cannot any more.
+        observer.watch_for(Duration::from_millis(300)).await;
+        rig.server.heal_one(id);
+        rig.change(3);
+        rig.converge(&mut observer, &what).await;
+        assert_anchors_stayed(&observer, &what);
+    }))
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_never_gets_well_is_not_asked_more_than_its_pauses_allow() {
+    const WATCHED: Duration = Duration::from_secs(3);
+    all(singly().map(|fault| async move {
+        // Those are as good as well.
+        if matches!(fault.kind(), Kind::Drip { .. } | Kind::Duplicates) {
+            return;
+        }
+        let rig = Rig::new();
+        let mut observer = rig.observe().await;
+        let what = format!("{fault} for ever");
+        rig.converge(&mut observer, &what).await;
+        rig.server.inject(fault);
+        rig.server.compact();
+        rig.server.cut_watches();
+        let before = rig.server.requests().len();
+        let start = Instant::now();
+        observer.watch_for(WATCHED).await;
+        let asked = rig.server.requests().len() - before;
+        // Four watches; each attempt may be a list of four pages and a watch; the first pauses are short.
+        let Timing { last_retry, .. } = TIMING;
+        let attempts = 8 + start.elapsed().as_millis() / last_retry.as_millis();
+        assert!(asked as u128 <= 4 * 5 * attempts, "{what}: asked {asked} times in {:?}", start.elapsed());
+        rig.server.heal();
+        rig.change(1);
+        rig.converge(&mut observer, &what).await;
+        assert_anchors_stayed(&observer, &what);
+    }))
+    .await;
+}
+
+/// Plays a seed's misfortunes while objects change, and then waits until all is known.
+async fn play(seed: u64) {
+    let rig = Rig::new();
+    let mut observer = rig.observe().await;
+    let what = format!("seed {seed}");
+    let mut random = Xoshiro256PlusPlus::seed_from_u64(seed);
+    if random.random_bool(0.5) {
+        rig.converge(&mut observer, &what).await;
+    }
+    for (round, step) in (1..).zip(Step::sequence(seed).take(30)) {
+        tokio::task::block_in_place(|| rig.server.play(step)).unwrap();
+        if random.random_bool(0.5) {
+            rig.change(round);
+        }
+        observer.watch_for(Duration::from_millis(random.random_range(0..60))).await;
+    }
+    rig.server.heal();
+    rig.converge(&mut observer, &what).await;
+    assert_anchors_stayed(&observer, &what);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn any_sequence_of_misfortunes_ends_in_the_truth() {
+    let seeds = match std::env::var("PROXIER_TEST_SEED") {
+        Ok(seed) => vec![seed.parse().unwrap()],
+        Err(_) => (0..24).collect(),
+    };
+    all(seeds.into_iter().map(play)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_is_away_for_long_changes_nothing_and_neither_does_its_return() {
+    let rig = Rig::new();
+    let mut observer = rig.observe().await;
+    rig.converge(&mut observer, "start").await;
+    let (batches, catalog) = (observer.heard, observer.catalog.clone());
+    rig.server.down().unwrap();
+    observer.watch_for(Duration::from_secs(2)).await;
+    let away = observer.away.get();
+    assert_eq!(away.len(), 4, "{away:?}");
+    assert!(away.values().all(|reason| reason.contains("does not answer")), "{away:?}");
+    rig.server.up().unwrap();
+    observer.watch_for(Duration::from_secs(1)).await;
+    assert!(observer.away.get().is_empty());
+    assert_eq!((observer.heard, &observer.catalog), (batches, &catalog), "something was told");
+    rig.change(1);
+    rig.converge(&mut observer, "afterwards").await;
+}
+
+/// etcd is put back to an earlier state. What the agent has seen since has not happened.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_goes_back_in_time_is_followed_there() {
+    for future in [FutureWatch::Silent, FutureWatch::Refused] {
+        let rig = Rig::new();
+        rig.server.set_future_watch(future);
+        let mut observer = rig.observe().await;
+        rig.converge(&mut observer, "start").await;
+        let backup = rig.server.backup();
+        for round in 1..20 {
+            rig.change(round);
+        }
+        rig.converge(&mut observer, "before the restore").await;
+        rig.server.restore(&backup);
+        rig.converge(&mut observer, &format!("after the restore, {future:?}")).await;
+        assert_anchors_stayed(&observer, "restore");
+    }
+}
+
+/// Waits until a watch says why it fails.
+async fn reason_of(observer: &mut Observer, what: &str) -> String {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let away = observer.away.get();
+        if let Some(reason) = away.values().find(|reason| reason.contains(what)) {
+            return reason.clone();
+        }
+        assert!(Instant::now() < deadline, "{what:?} is not said: {away:?}");
+        observer.watch_for(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_wrong_is_said_with_what_to_do_and_ends_when_it_is_mended() {
+    for (kind, says, next_step) in [
+        (Kind::Unauthorized, "401: Unauthorized", "check the token"),
+        (Kind::Forbidden, "403: services is forbidden: User", "list and watch of services: deploy/ has one"),
+        (Kind::Unavailable, "503", "tried again"),
+        (Kind::NotJson, "cannot be understood", "check that the address is an API server's"),
+        (Kind::Html, "cannot be understood", "check that the address is an API server's"),
+    ] {
+        let rig = Rig::new();
+        rig.server.inject(Fault::new(kind).of(Resource::Services));
+        let mut observer = rig.observe().await;
+        let reason = reason_of(&mut observer, says).await;
+        assert!(reason.contains(next_step), "{kind:?}: {reason}");
+        assert_eq!(observer.heard, 0, "{kind:?}");
+        rig.server.heal();
+        rig.converge(&mut observer, &format!("{kind:?}")).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn addresses_of_the_api_server_are_told() {
+    let rig = Rig::new();
+    rig.server
+        .apply(json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+            "metadata": {
+                "name": "kubernetes", "namespace": "default",
+                "labels": {"kubernetes.io/service-name": "kubernetes"},
+            },
+            "addressType": "IPv4",
+            "endpoints": [{"addresses": ["198.51.100.1"]}, {"addresses": ["198.51.100.2"]}],
+            "ports": [],
+        }))
+        .unwrap();
+    let mut observer = rig.observe().await;
+    let first = observer.batches.recv().await.unwrap();
+    let told = first.api_server.unwrap();
+    for address in ["127.0.0.1", "198.51.100.1", "198.51.100.2"] {
+        assert!(told.contains(&address.parse().unwrap()), "{told:?}");
+    }
+}
