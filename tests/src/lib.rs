@@ -7,6 +7,7 @@ pub mod agent;
 pub mod apiserver;
 pub mod capture;
 pub mod connection;
+pub mod container;
 pub mod exchange;
 pub mod host;
 pub mod inbox;

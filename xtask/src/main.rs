@@ -6,6 +6,7 @@ mod coverage;
 mod demo;
 mod environment;
 mod fuzz;
+mod image;
 mod kernels;
 mod lint;
 mod process;
@@ -37,6 +38,8 @@ enum Command {
     Fuzz(fuzz::FuzzOptions),
     /// Show what of the packet core its tests on the host reach, and what not
     Coverage(coverage::CoverageOptions),
+    /// Make the container image: the static agent and nothing else
+    Image(image::ImageOptions),
     /// Run clippy on everything, the kernel programs included, with warnings denied
     Lint(lint::LintOptions),
 }
@@ -59,6 +62,7 @@ fn main() -> ExitCode {
         Command::Kernels(options) => kernels::run_command(&options),
         Command::Fuzz(options) => fuzz::run_command(&options),
         Command::Coverage(options) => coverage::run_command(&options),
+        Command::Image(options) => image::run_command(&options),
         Command::Lint(options) => lint::run_command(&options),
     };
     match outcome {

@@ -137,6 +137,11 @@ fn names(tiers: &[Tier]) -> String {
 /// Builds the agent and returns where cargo put it.
 pub(crate) fn build_agent() -> Result<PathBuf> {
     say("building the agent");
+    build_agent_with(|_| {})
+}
+
+/// As [`build_agent`], with more arguments or environment for cargo.
+pub(crate) fn build_agent_with(more: impl FnOnce(&mut Command)) -> Result<PathBuf> {
     let mut command = cargo();
     command.args([
         "build",
@@ -146,6 +151,7 @@ pub(crate) fn build_agent() -> Result<PathBuf> {
         "proxier",
         "--message-format=json-render-diagnostics",
     ]);
+    more(&mut command);
     let output = command
         .stderr(Stdio::inherit())
         .output()
