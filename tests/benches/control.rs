@@ -10,7 +10,7 @@
 use std::{
     collections::VecDeque,
     fs,
-    net::{IpAddr, Ipv4Addr, TcpListener},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::Path,
     sync::mpsc,
     thread,
@@ -164,18 +164,19 @@ impl Bench {
     fn new(size: Size) -> Self {
         let work = tempfile::tempdir().unwrap();
         let lab = Lab::build(&LabSpec::unique().with_pods(0)).unwrap();
-        let listener = lab.node.namespace.enter(|| TcpListener::bind("127.0.0.1:0").unwrap());
-        let server = ApiServer::start_on(listener);
+        let loopback = SocketAddr::from(([127, 0, 0, 1], 0));
+        let server = ApiServer::start_in(&lab.node.namespace, loopback).unwrap();
         let kubeconfig = work.path().join("kubeconfig");
         server.write_kubeconfig(&kubeconfig).unwrap();
-        server.apply(json!({
-            "apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE_NAME},
-            "status": {"addresses": [{"type": "InternalIP", "address": "192.168.1.1"}]},
-        }));
-        for number in 0..size.services {
-            server.apply(service(number));
-            server.apply(slice(number, 0));
-        }
+        server
+            .apply(json!({
+                "apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE_NAME},
+                "status": {"addresses": [{"type": "InternalIP", "address": "192.168.1.1"}]},
+            }))
+            .unwrap();
+        let objects: Vec<Value> =
+            (0..size.services).flat_map(|number| [service(number), slice(number, 0)]).collect();
+        server.apply_all(&objects).unwrap();
         let binary = agent::binary().unwrap();
         let mut spec = AgentSpec::new(&binary, work.path(), &work.path().join("agent.log"));
         spec.source = ["kube", "--service-proxy-name", PROXY_NAME, "--kubeconfig"].map(Into::into).to_vec();
@@ -234,7 +235,7 @@ impl Bench {
             let revision = 1 + change / size.services;
             let object = slice(number, revision);
             let since = Instant::now();
-            self.server.apply(object);
+            self.server.apply(object).unwrap();
             made.send((since, external(number), pod(number, 0, revision))).unwrap();
         }
         drop(made);

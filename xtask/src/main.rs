@@ -1,5 +1,6 @@
 //! What a developer runs: one file per command. `cargo xtask help` lists them.
 
+mod bench;
 mod build_ebpf;
 mod cargo_tool;
 mod coverage;
@@ -32,6 +33,8 @@ enum Command {
     Demo(DemoCommand),
     /// Run every test: on the host, in the kernel, in the lab (as root)
     Test(test::TestOptions),
+    /// Measure what the agent needs, and how fast it is (as root)
+    Bench(bench::BenchOptions),
     /// Boot older kernels in virtual machines and check the agent in each (minutes, 60 MB of downloads)
     Kernels(kernels::KernelsOptions),
     /// Fuzz the packet core on the host, from the committed corpus
@@ -59,6 +62,7 @@ fn main() -> ExitCode {
         Command::BuildEbpf(options) => build_ebpf::run_command(&options).map(|()| true),
         Command::Demo(command) => show(&command),
         Command::Test(options) => test::run_command(&options),
+        Command::Bench(options) => bench::run_command(&options).map(|()| true),
         Command::Kernels(options) => kernels::run_command(&options),
         Command::Fuzz(options) => fuzz::run_command(&options),
         Command::Coverage(options) => coverage::run_command(&options),
