@@ -157,7 +157,6 @@ impl Actual {
             Step::RemoveBackend(key) => {
                 if let Some(old) = self.backends.remove(&key) {
                     self.slots.remove(&(old.pod, key));
-                    self.leftovers.addresses.insert(old.pod);
                     self.leftovers.names.insert(key.service_id);
                 }
             }

@@ -230,6 +230,103 @@ fn outcome(desired: &Desired, scope: &Scope, actual: &Actual) -> Actual {
     actual
 }
 
+/// What of the steps of these tasks one looks at, in order.
+fn kinds(plan: &Plan<'_>, tasks: &[Task], actual: &mut Actual) -> Vec<&'static str> {
+    let mut kinds = Vec::new();
+    for task in tasks {
+        for step in plan.steps(*task, actual) {
+            kinds.push(match step {
+                Step::Grace => "grace",
+                Step::Sweep => "sweep",
+                Step::PutMember(..) => "joins",
+                Step::RemoveMember(..) => "leaves",
+                Step::RemoveBackend(..) => "retires",
+                _ => "",
+            });
+            actual.apply(&step);
+        }
+    }
+    kinds.retain(|kind| !kind.is_empty());
+    kinds
+}
+
+#[test]
+fn a_pod_that_comes_back_before_it_was_swept_waits_for_that() {
+    let with = desired([(key("a", Family::V4), service(&["10.0.0.1"], &["11.0.0.1", "11.0.0.2"]))]);
+    let without = desired([(key("a", Family::V4), service(&["10.0.0.1"], &["11.0.0.2"]))]);
+    let mut actual = Actual::default();
+    carry_out(&with, &mut actual);
+    actual.retired();
+    let scope = difference(&with, &without);
+    let leaves = Plan::new(&without, &actual, &scope);
+    assert_eq!(kinds(&leaves, leaves.pressing(), &mut actual), ["leaves"]);
+    let comes_back = Plan::new(&with, &actual, &scope);
+    assert_eq!(kinds(&comes_back, comes_back.pressing(), &mut actual), ["grace", "sweep", "joins"]);
+    // What both have left behind, in one go.
+    let left = actual.retirement();
+    let graces = left.iter().filter(|step| **step == Step::Grace).count();
+    let backends = left.iter().filter(|step| matches!(step, Step::RemoveBackend(_))).count();
+    assert_eq!((graces, backends), (1, 3), "{left:?}");
+}
+
+#[test]
+fn a_pod_that_leaves_one_service_for_another_is_swept_at_once() {
+    let state = |of_a: &[&str], of_b: &[&str]| {
+        desired([
+            (key("a", Family::V4), service(&["10.0.0.1"], of_a)),
+            (key("b", Family::V4), service(&["10.0.0.2"], of_b)),
+        ])
+    };
+    let before = state(&["11.0.0.1"], &[]);
+    let after = state(&[], &["11.0.0.1"]);
+    let mut actual = Actual::default();
+    carry_out(&before, &mut actual);
+    let plan = Plan::new(&after, &actual, &difference(&before, &after));
+    let kinds = kinds(&plan, plan.pressing(), &mut actual);
+    assert_eq!(kinds, ["leaves", "joins", "grace", "retires", "sweep"]);
+}
+
+#[test]
+fn a_sweep_waits_for_packets_on_their_way_even_if_nothing_is_retired() {
+    let drains = |service: DesiredService| DesiredService {
+        draining: ["11.0.0.1".parse().unwrap()].into(),
+        ..service
+    };
+    let state = |a: DesiredService| {
+        let b = service(&["10.0.0.2", "10.0.0.3"], &["11.0.0.1"]);
+        desired([(key("a", Family::V4), a), (key("b", Family::V4), b)])
+    };
+    let before = state(drains(service(&["10.0.0.1"], &[])));
+    let after = state(service(&["10.0.0.1"], &[]));
+    let mut actual = Actual::default();
+    carry_out(&before, &mut actual);
+    let plan = Plan::new(&after, &actual, &difference(&before, &after));
+    assert_eq!(kinds(&plan, plan.tasks(), &mut actual), ["leaves", "grace", "sweep"]);
+}
+
+#[test]
+fn a_plan_looks_at_its_scope_alone() {
+    let state = |pods: &[&str]| {
+        let service = |n: u8| {
+            let pod = format!("11.0.1.{n}");
+            let pods: Vec<&str> = pods.iter().copied().chain([pod.as_str()]).collect();
+            (key(&format!("s{n}"), Family::V4), service(&[&format!("10.0.0.{n}")], &pods))
+        };
+        desired([service(1), service(2), service(3)])
+    };
+    let (before, after) = (state(&[]), state(&["11.0.0.9"]));
+    let mut actual = Actual::default();
+    carry_out(&before, &mut actual);
+    let scope = Scope::Only([key("s2", Family::V4)].into());
+    let plan = Plan::new(&after, &actual, &scope);
+    assert_eq!(plan.tasks(), [Task::Node, Task::Update(2), Task::Retire, Task::Sweep]);
+    let changed = outcome(&after, &scope, &actual).in_force();
+    for (name, state) in [("s1", &before), ("s2", &after), ("s3", &before)] {
+        let key = key(name, Family::V4);
+        assert_eq!(changed.services[&key], state.services[&key], "{name}");
+    }
+}
+
 proptest! {
     /// Whatever changes, whichever write fails, and whenever it is tidied up and swept meanwhile.
     #[test]
@@ -285,7 +382,7 @@ proptest! {
         }
         assert_says(&before, &node.actual);
         prop_assert_eq!(node.actual.names.len(), before.services.len());
-        for ((pod, external), _) in &node.conversations {
+        for (pod, external) in node.conversations.keys() {
             prop_assert!(node.actual.keeps(*pod, *external), "{} by {} goes on", pod, external);
         }
         prop_assert_eq!(&rebuilt(&node.actual), &node.actual);

@@ -53,8 +53,10 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/pr
 /// How often the programs are put in their places again.
 const ATTACH_AGAIN: Duration = Duration::from_secs(30);
 
-/// The shortest time from one round of tidying to the next. One begins with a grace period, for which changes wait: 10 to
-/// 20 ms.
+/// The shortest time from one round of tidying to the next. After a single change it is tidied up at once; changes that
+/// follow each other share a round, the last ones' at the next tick. A round begins with a grace period, 5 to 20 ms in which
+/// nothing else is applied, and begins a sweep, which takes half of one CPU while the tables are full and pods go all the
+/// time.
 const BETWEEN_TIDYINGS: Duration = Duration::from_millis(500);
 
 /// How the programs are attached to an interface.
