@@ -176,10 +176,11 @@ impl Observed {
         self.health.pins(present);
     }
 
-    /// Who is told how the source stands. Its loop counts as one of the agent's from now on.
+    /// Who is told how the source stands. Its loop counts as one of the agent's from now on; it may have to wait for the
+    /// agent's own, which has [two minutes](crate::app).
     #[must_use]
     pub fn onlooker(&self) -> Arc<dyn Onlooker> {
-        Arc::new(SourceObserved { observed: self.clone(), beat: self.beat("source", 12 * TURN) })
+        Arc::new(SourceObserved { observed: self.clone(), beat: self.beat("source", 36 * TURN) })
     }
 
     /// When the source follows `resource` (`services`, `endpointslices`, `nodes`, `files`) from now on; while it does, does no

@@ -93,7 +93,7 @@ const AHEAD: usize = 64;
 
 /// What is watched, by the name that the API has for it. The last is the slices of one Service, the API server's own.
 const RESOURCES: [&str; 4] = ["services", "endpointslices", "nodes", API_SERVER];
-const API_SERVER: &str = "endpointslices of default/kubernetes";
+const API_SERVER: &str = "apiserver-endpointslices";
 
 /// An EndpointSlice says here when what it tells of happened.
 const TRIGGER_TIME_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigger-time";
