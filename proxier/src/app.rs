@@ -26,10 +26,10 @@ use crate::{
         health::Beat,
         notices,
         observed::Observed,
-        report,
+        report::{self, Transition},
         service_health::{ServiceHealth, health_check_ports},
     },
-    sink::{Incomplete, Sink, Snapshot, json},
+    sink::{Failure, Incomplete, Sink, Snapshot, json},
     source::{Batch, Event},
 };
 
@@ -41,6 +41,8 @@ const TICK: Duration = Duration::from_secs(1);
 /// How soon a new address of an interface is noticed: until then a process of the node that speaks from it to an external
 /// address gets no answer.
 const ADDRESS_REFRESH: Duration = Duration::from_secs(5);
+/// How long a Service that is just being made may be without endpoints before that is worth an Event: slices come after it.
+const MAY_PASS: Duration = Duration::from_secs(10);
 /// The longest that the loop may take for one turn: it waits for the kernel, which on a machine that swaps takes its time over
 /// the first whole state.
 const TURN: Duration = Duration::from_secs(120);
@@ -161,12 +163,16 @@ struct Agent<'a> {
     /// Whether the sink has applied anything.
     ready: bool,
     retry: Option<Retry>,
-    /// Services that the kernel has no room for, as told.
-    without_room: BTreeSet<ObjectName>,
+    /// What the last attempt could not apply, as told.
+    failures: Vec<Failure>,
+    /// What is wrong and may be over in a moment: told of in an Event if it is not.
+    passing: BTreeMap<Subject, Instant>,
     /// Whether the last housekeeping failed: one line in the log, not one a second.
     tick_failed: bool,
     /// Whether the source has delivered its first whole list: nothing is applied before.
     synced: bool,
+    /// Whether there is something to be applied or reported.
+    news: bool,
     /// Whether objects have changed since they were counted.
     uncounted: bool,
     /// Tells [`Settings::local_addresses`]; none if they never change.
@@ -193,9 +199,11 @@ impl<'a> Agent<'a> {
             unreported: BTreeSet::new(),
             triggered: Vec::new(),
             retry: None,
-            without_room: BTreeSet::new(),
+            failures: Vec::new(),
+            passing: BTreeMap::new(),
             tick_failed: false,
             synced: false,
+            news: false,
             uncounted: false,
             read_addresses: None,
             addresses_due: Instant::now(),
@@ -243,7 +251,7 @@ impl<'a> Agent<'a> {
                         continue;
                     }
                 }
-                () = sleep_until(retry_at), if self.retry.is_some() => {}
+                () = sleep_until(retry_at), if self.retry.is_some() => self.scope = Scope::All,
                 batch = batches.recv() => {
                     let Some(batch) = batch else {
                         bail!("the source has ended: see the log above, then start proxier again");
@@ -252,6 +260,9 @@ impl<'a> Agent<'a> {
                     // What came meanwhile is one change, not many.
                     while let Ok(batch) = batches.try_recv() {
                         self.absorb(batch);
+                    }
+                    if !mem::take(&mut self.news) {
+                        continue;
                     }
                 }
             }
@@ -268,20 +279,23 @@ impl<'a> Agent<'a> {
 
     fn absorb(&mut self, batch: Batch) {
         let Batch { events, problems, api_server, triggered } = batch;
-        self.synced = true;
+        let mut news = !mem::replace(&mut self.synced, true);
         self.tellers.observed.synced();
-        self.tellers.observed.queued();
-        self.uncounted |= !events.is_empty();
         for event in events {
-            match event {
+            news |= match event {
                 Event::Apply(object) => self.state.apply(object),
                 Event::Delete(id) => self.state.delete(&id),
-            }
+            };
         }
+        self.uncounted |= news;
         if let Some(addresses) = api_server {
-            self.state.set_api_server_addresses(addresses);
+            news |= self.state.set_api_server_addresses(addresses);
         }
-        self.triggered.extend(triggered);
+        if news {
+            self.triggered.extend(triggered);
+            self.tellers.observed.queued();
+        }
+        self.news |= news || problems.is_some();
         if let Some(problems) = problems {
             let former = mem::replace(&mut self.source_problems, by_subject(problems));
             let subjects = former.keys().chain(self.source_problems.keys());
@@ -291,6 +305,8 @@ impl<'a> Agent<'a> {
         }
     }
 
+    /// Applies what may differ from what is in force. While something fails, that is what has changed since; all of it, what has
+    /// failed too, when the retry is due.
     fn apply(&mut self) -> anyhow::Result<()> {
         let Changed { services, subjects, .. } = self.state.refresh();
         if let Scope::Only(keys) = &mut self.scope {
@@ -299,27 +315,42 @@ impl<'a> Agent<'a> {
         self.unreported.extend(subjects);
         self.report();
 
-        if self.retry.is_some() {
+        let is_retry = self.retry.is_some() && self.scope == Scope::All;
+        if is_retry {
             self.tellers.observed.retried();
         }
         let start = Instant::now();
         let snapshot =
             Snapshot { catalog: self.state.catalog(), desired: self.state.desired(), scope: &self.scope };
+        let triggered = mem::take(&mut self.triggered);
         if let Err(error) = self.sink.apply(snapshot) {
-            self.scope = Scope::All;
             self.tellers.observed.apply_failed(start.elapsed(), &error);
+            match error.downcast_ref() {
+                // The others are in force.
+                Some(Incomplete { failures }) => {
+                    let failed = failures.iter().filter_map(|failure| failure.service.clone()).collect();
+                    let scope = mem::replace(&mut self.scope, Scope::Only(BTreeSet::new()));
+                    self.tell_changes(self.without(&failed, scope));
+                }
+                None => self.scope = Scope::All,
+            }
             return Err(error);
         }
+        let scope = mem::replace(&mut self.scope, Scope::Only(BTreeSet::new()));
+        if scope == Scope::All {
+            self.failures.clear();
+            if self.retry.take().is_some() {
+                tracing::info!("applied now, after failures");
+            }
+        }
+        self.tell_changes(scope);
+        if self.retry.is_some() {
+            return Ok(());
+        }
         self.tellers.observed.applied(start.elapsed());
-        for happened in self.triggered.drain(..) {
+        for happened in triggered {
             self.tellers.observed.programmed(happened);
         }
-        self.without_room.clear();
-        if self.retry.take().is_some() {
-            tracing::info!("applied now, after failures");
-        }
-        let scope = mem::replace(&mut self.scope, Scope::Only(BTreeSet::new()));
-        self.tell_changes(&scope);
         if !mem::replace(&mut self.ready, true) {
             let services = self.in_force.services.values();
             let (externals, pods) = services.fold((0, 0), |(externals, pods), service| {
@@ -336,10 +367,22 @@ impl<'a> Agent<'a> {
         Ok(())
     }
 
+    /// `scope` without these Services.
+    fn without(&self, services: &BTreeSet<ObjectName>, scope: Scope) -> Scope {
+        let keys = match scope {
+            Scope::Only(keys) => keys,
+            Scope::All => {
+                let keys = self.in_force.services.keys().chain(self.state.desired().services.keys());
+                keys.cloned().collect()
+            }
+        };
+        Scope::Only(keys.into_iter().filter(|key| !services.contains(&key.service)).collect())
+    }
+
     /// Says what within `scope` is in force now that was not, and notes it.
-    fn tell_changes(&mut self, scope: &Scope) {
+    fn tell_changes(&mut self, scope: Scope) {
         let (catalog, desired) = (self.state.catalog(), self.state.desired());
-        let changes = changes::between(&self.in_force, desired, scope);
+        let changes = changes::between(&self.in_force, desired, &scope);
         changes::log(&changes);
         if let Some(events) = &self.tellers.events {
             let node = &self.state.settings().node;
@@ -350,7 +393,7 @@ impl<'a> Agent<'a> {
         match scope {
             Scope::All => self.in_force.clone_from(desired),
             Scope::Only(keys) => {
-                for key in keys {
+                for key in &keys {
                     put(&mut self.in_force, key, desired);
                 }
                 self.in_force.node_addresses.clone_from(&desired.node_addresses);
@@ -372,36 +415,72 @@ impl<'a> Agent<'a> {
             report::log(&transitions, |subject| exists(catalog, subject));
             let Some(events) = &self.tellers.events else { continue };
             let node = &self.state.settings().node;
-            transitions
-                .iter()
-                .filter_map(|transition| notices::of_transition(transition, catalog, node))
-                .for_each(|notice| events.tell(notice));
+            for notice in
+                transitions.iter().filter_map(|transition| notices::of_transition(transition, catalog, node))
+            {
+                if notice.reason.may_pass() {
+                    self.passing.entry(subject.clone()).or_insert_with(|| Instant::now() + MAY_PASS);
+                } else {
+                    events.tell(notice);
+                }
+            }
         }
         let known = self.source_problems.values().chain(self.port_problems.values()).flatten();
         let all: Vec<Problem> = known.chain(self.state.problems()).cloned().collect();
         self.tellers.observed.problems(&all);
     }
 
+    /// Tells of what was wrong a moment ago and still is.
+    fn tell_lasting(&mut self) {
+        let now = Instant::now();
+        let due: Vec<Subject> =
+            self.passing.extract_if(.., |_, at| *at <= now).map(|(subject, _)| subject).collect();
+        let Some(events) = &self.tellers.events else { return };
+        let (catalog, node) = (self.state.catalog(), &self.state.settings().node);
+        for problem in due.iter().flat_map(|subject| self.state.problems_of(subject)) {
+            let notice = notices::of_transition(&Transition::Appeared(problem.clone()), catalog, node);
+            notice
+                .into_iter()
+                .filter(|notice| notice.reason.may_pass())
+                .for_each(|notice| events.tell(notice));
+        }
+    }
+
+    /// Notes a failed attempt. One that was due, and not a change that came by meanwhile, makes the next one wait longer.
     fn failed(&mut self, error: &anyhow::Error) {
-        let delay = self.retry.map_or(FIRST_RETRY, |retry| (retry.delay * 2).min(LAST_RETRY));
-        tracing::error!(
-            retry_in_seconds = delay.as_secs(),
-            "cannot apply the state: {error:#}; mend that, it is tried again without a restart"
-        );
-        self.retry = Some(Retry { delay, at: Instant::now() + delay });
-        let Some(Incomplete { failures }) = error.downcast_ref() else { return };
-        let mut without_room = BTreeSet::new();
+        let now = Instant::now();
+        let known = self.retry;
+        let retry = match known {
+            Some(retry) if retry.at > now => retry,
+            _ => {
+                let delay = known.map_or(FIRST_RETRY, |retry| (retry.delay * 2).min(LAST_RETRY));
+                Retry { delay, at: now + delay }
+            }
+        };
+        self.retry = Some(retry);
+        let failures = match error.downcast_ref() {
+            Some(Incomplete { failures }) => failures.clone(),
+            None => Vec::new(),
+        };
+        if known.is_none_or(|known| known.at <= now)
+            || failures.iter().any(|new| !self.failures.contains(new))
+        {
+            tracing::error!(
+                retry_in_seconds = retry.at.saturating_duration_since(now).as_secs_f64().round(),
+                "cannot apply the state: {error:#}; mend that, it is tried again without a restart"
+            );
+        }
+        if !failures.is_empty() && failures.iter().all(|failure| failure.is_full) {
+            self.tellers.observed.health.applied_but_for_room();
+        }
         for failure in failures.iter().filter(|failure| failure.is_full) {
-            let Some(name) = &failure.service else { continue };
-            if !self.without_room.contains(name)
-                && let Some(events) = &self.tellers.events
-            {
+            let told = self.failures.iter().any(|known| known.is_full && known.service == failure.service);
+            if let (Some(name), Some(events), false) = (&failure.service, &self.tellers.events, told) {
                 let node = &self.state.settings().node;
                 events.tell(notices::table_full(name, &failure.message, self.state.catalog(), node));
             }
-            without_room.insert(name.clone());
         }
-        self.without_room = without_room;
+        self.failures = failures;
     }
 
     fn tick(&mut self) {
@@ -419,6 +498,7 @@ impl<'a> Agent<'a> {
             self.tellers.observed.attached(&condition.interfaces);
             self.tellers.observed.pins(condition.pinned);
         }
+        self.tell_lasting();
         // Not at every change: both look at every object.
         if mem::take(&mut self.uncounted) {
             let (catalog, desired) = (self.state.catalog(), self.state.desired());

@@ -21,6 +21,7 @@ use ipnet::IpNet;
 use tokio::sync::mpsc;
 
 use crate::{
+    allocator,
     app::{self, Machine, Shutdown, Tellers, Until},
     desired::{ExternalCidr, NoBackend, Settings},
     model::NodeName,
@@ -274,6 +275,7 @@ struct StatusArgs {
 /// Runs the command that the process was started with. 0: done, 1: failed, 2: not understood.
 #[must_use]
 pub fn main() -> ExitCode {
+    allocator::share_one_arena();
     run(env::args_os())
 }
 

@@ -4,6 +4,7 @@
 //! `source -> catalog -> desired -> delta -> sink`.
 //! Everything from `model` to `delta` is pure: no I/O, no clock, tested without root.
 
+mod allocator;
 pub mod app;
 pub mod catalog;
 pub mod cli;

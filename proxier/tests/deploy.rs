@@ -106,7 +106,7 @@ fn the_agent_may_list_and_watch_three_kinds_and_write_events_and_nothing_else() 
     let events_and_three_kinds = json!([
         {"apiGroups": [""], "resources": ["services", "nodes"], "verbs": ["list", "watch"]},
         {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["list", "watch"]},
-        {"apiGroups": ["events.k8s.io"], "resources": ["events"], "verbs": ["create", "patch"]},
+        {"apiGroups": ["events.k8s.io"], "resources": ["events"], "verbs": ["create"]},
     ]);
     for path in installations() {
         let role: ClusterRole = of_kind(&path, "ClusterRole");

@@ -10,6 +10,9 @@ use nix::{
 
 use crate::desired::LocalAddresses;
 
+/// Where kube-proxy's IPVS mode keeps what is none of the node's own.
+const IPVS: &str = "kube-ipvs0";
+
 /// Every address of every interface.
 ///
 /// # Errors
@@ -24,6 +27,10 @@ pub(super) fn of_this_node() -> anyhow::Result<LocalAddresses> {
 fn of_interfaces(interfaces: impl IntoIterator<Item = InterfaceAddress>) -> LocalAddresses {
     let mut addresses = LocalAddresses::default();
     for interface in interfaces {
+        // kube-proxy's IPVS mode puts the addresses of all Services there.
+        if interface.interface_name == IPVS {
+            continue;
+        }
         let Some(address) = interface_address(&interface) else { continue };
         // BGP speakers announce what they find on `lo`, so that is where people put an external address to attract its
         // traffic. Packets for it come in by an uplink, and there they are for the Service.
@@ -84,6 +91,15 @@ mod tests {
             assert_eq!(there, [expected].into(), "{address} with {flags:?}");
             assert_eq!(elsewhere, [].into(), "{address} with {flags:?}");
         }
+    }
+
+    #[test]
+    fn what_kube_proxy_keeps_for_ipvs_is_none_of_the_nodes_own() {
+        let ipvs = InterfaceAddress {
+            interface_name: IPVS.to_owned(),
+            ..interface(InterfaceFlags::IFF_BROADCAST, "10.0.0.55:0")
+        };
+        assert_eq!(of_interfaces([ipvs]), LocalAddresses::default());
     }
 
     #[test]

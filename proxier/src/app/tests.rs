@@ -8,7 +8,7 @@ use std::{
 use super::*;
 use crate::model::{
     NodeName, Object,
-    testing::{mk_endpoint, mk_service, mk_slice},
+    testing::{mk_endpoint, mk_name, mk_service, mk_slice},
 };
 
 /// Fails as often as it is told, and remembers when it was asked for what.
@@ -20,6 +20,10 @@ struct Recorded {
     failures: VecDeque<bool>,
     /// Seconds since the start, how many addresses, and whether it worked.
     applied: Vec<(u64, usize, bool)>,
+    /// Names of the Services that it was to look at, each time; none for all.
+    scopes: Vec<Option<BTreeSet<String>>>,
+    /// A Service that there is no room for.
+    too_large: Option<String>,
     ticks: usize,
     start: Option<Instant>,
     /// What a former agent left.
@@ -32,7 +36,25 @@ impl Sink for Recorder {
         let start = *recorded.start.get_or_insert_with(Instant::now);
         let fails = recorded.failures.pop_front().unwrap_or(false);
         recorded.applied.push((start.elapsed().as_secs(), snapshot.desired.services.len(), !fails));
+        let names =
+            |keys: &BTreeSet<ServiceKey>| keys.iter().map(|key| key.service.name.to_string()).collect();
+        let scope: Option<BTreeSet<String>> = match snapshot.scope {
+            Scope::All => None,
+            Scope::Only(keys) => Some(names(keys)),
+        };
+        recorded.scopes.push(scope.clone());
         anyhow::ensure!(!fails, "no");
+        if let Some(name) = &recorded.too_large
+            && scope.is_none_or(|names| names.contains(name))
+        {
+            let failure = Failure {
+                subject: name.clone(),
+                service: Some(mk_name(name)),
+                is_full: true,
+                message: "is too large".to_owned(),
+            };
+            return Err(Incomplete { failures: vec![failure] }.into());
+        }
         Ok(())
     }
 
@@ -286,4 +308,52 @@ async fn a_source_that_ends_is_an_error() {
     let result =
         Agent::new(&mut sink, settings(), tellers()).run(receiver, Until::Signalled, pending()).await;
     assert!(result.unwrap_err().to_string().starts_with("the source has ended"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_no_news_is_not_applied() {
+    let recorder = Recorder::default();
+    let (batches, receiver) = mpsc::channel(1);
+    let mut sink = recorder.clone();
+    let shutdown = async {
+        for _ in 0..10 {
+            batches.send(web()).await.unwrap();
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        "test"
+    };
+    Agent::new(&mut sink, settings(), tellers()).run(receiver, Until::Signalled, shutdown).await.unwrap();
+    assert_eq!(recorder.0.lock().unwrap().applied.len(), 1);
+}
+
+/// One Service that does not fit must not cost the others more than a look at itself now and then.
+#[tokio::test(start_paused = true)]
+async fn beside_a_service_that_does_not_fit_others_change_as_ever_and_it_is_tried_when_that_is_due() {
+    let recorder = Recorder::default();
+    recorder.0.lock().unwrap().too_large = Some("greedy".to_owned());
+    let (log, _listening) = Log::listen();
+    let tellers = tellers();
+    let observed = tellers.observed.clone();
+    let (batches, receiver) = mpsc::channel(1);
+    let mut sink = recorder.clone();
+    let shutdown = async {
+        let greedy = batch([mk_service("greedy", ["10.0.0.99"]).into()]);
+        batches.send(greedy).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        batches.send(web()).await.unwrap();
+        tokio::time::sleep(Duration::from_secs(6)).await;
+        recorder.0.lock().unwrap().too_large = None;
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        "test"
+    };
+    Agent::new(&mut sink, settings(), tellers).run(receiver, Until::Signalled, shutdown).await.unwrap();
+    let web_only = Some(BTreeSet::from(["web".to_owned()]));
+    let recorded = recorder.0.lock().unwrap();
+    // At once, the change, and after 1, 3 and 7 seconds.
+    assert_eq!(recorded.scopes, [None, web_only, None, None, None]);
+    assert_eq!(log.lines_with("cannot apply the state").len(), 3);
+    assert_eq!(log.lines_with("is tried again").len(), 3);
+    assert_eq!(log.lines_with("Service programmed").len(), 1, "web is told of while the other is not there");
+    assert_eq!(log.lines_with("Service without local pods").len(), 1, "the other when it is");
+    assert!(observed.health.ready().passed());
 }

@@ -32,6 +32,13 @@ pub(super) fn warning(
     of_service(Severity::Warning, service, kind, reason, next_step)
 }
 
+/// There are more than anybody reads.
+pub(super) fn more(subject: &Subject, problems: &[Problem]) -> Problem {
+    let kind = problems.first().map_or(ProblemKind::Invalid, |problem| problem.kind);
+    let reason = format!("has {} more problems like those that are told", problems.len());
+    Problem::new(Severity::Warning, subject.clone(), reason, "mend those first").of_kind(kind)
+}
+
 /// It is a DNS alias: what proxier cannot do must not be left out silently.
 pub(super) fn external_name(service: &Service) -> Problem {
     warning(

@@ -22,6 +22,9 @@ use crate::{
     },
 };
 
+/// Most problems of one subject that are kept. A Service may name a hundred thousand addresses, and none of them be right.
+const MAX_PROBLEMS: usize = 100;
+
 /// What this node should have, and everything that it follows from.
 ///
 /// Equal objects and settings lead to an equal state, in whatever order they came.
@@ -83,21 +86,23 @@ impl State {
         }
     }
 
-    /// Adds an object, or replaces the one of the same kind and name; the same again changes nothing.
-    pub fn apply(&mut self, object: Object) {
+    /// Adds an object, or replaces the one of the same kind and name; the same again changes nothing. Returns whether it is
+    /// news: a kubelet writes its Node every few minutes, and hardly ever is anything of it.
+    pub fn apply(&mut self, object: Object) -> bool {
         if self.catalog.holds(&object) {
-            return;
+            return false;
         }
         let id = object.id();
         let before = self.catalog.apply(object);
         self.follow(&id, before.as_ref());
+        true
     }
 
-    /// Removes an object; one that is not there is removed already.
-    pub fn delete(&mut self, id: &ObjectId) {
-        if let Some(before) = self.catalog.delete(id) {
-            self.follow(id, Some(&before));
-        }
+    /// Removes an object; one that is not there is removed already. Returns whether it was there.
+    pub fn delete(&mut self, id: &ObjectId) -> bool {
+        let Some(before) = self.catalog.delete(id) else { return false };
+        self.follow(id, Some(&before));
+        true
     }
 
     /// Says what this node's interfaces have now. Returns whether that is news.
@@ -260,6 +265,11 @@ impl State {
         changed: &mut BTreeSet<Subject>,
     ) {
         problems.sort();
+        if problems.len() > MAX_PROBLEMS {
+            let more = problems.split_off(MAX_PROBLEMS);
+            problems.push(complaints::more(&subject, &more));
+            problems.sort();
+        }
         if *self.problems_of(&subject) == *problems {
             return;
         }

@@ -4,7 +4,7 @@
 //! Events are for people, and nothing waits for them: while the API server is away they are lost, and a Service that flaps
 //! is told of only so often. kube's `Recorder` is not used: of two events of one kind it keeps the first one's text.
 
-use std::{num::NonZeroU32, time::Duration};
+use std::{num::NonZeroU32, sync::Arc, time::Duration};
 
 use governor::{
     DefaultDirectRateLimiter, Quota, RateLimiter, clock::DefaultClock, middleware::NoOpMiddleware,
@@ -35,6 +35,9 @@ const WAITING: usize = 256;
 
 /// A node's events: so many at once, then one in each period.
 const OF_NODE: Budget = Budget { at_once: NonZeroU32::new(50).unwrap(), period: Duration::from_secs(1) };
+/// The same of all Services of a namespace, whose owners must not be able to silence those of others.
+const OF_NAMESPACE: Budget =
+    Budget { at_once: NonZeroU32::new(20).unwrap(), period: Duration::from_secs(10) };
 /// The same of one Service. A pod that comes and goes every second is worth a few lines, not a thousand.
 const OF_SERVICE: Budget = Budget { at_once: NonZeroU32::new(6).unwrap(), period: Duration::from_secs(60) };
 
@@ -89,15 +92,19 @@ impl Events {
     }
 }
 
+type Keyed<K> = RateLimiter<K, HashMapStateStore<K>, DefaultClock, NoOpMiddleware>;
+
 struct Limits {
     of_node: DefaultDirectRateLimiter,
-    of_service: RateLimiter<ObjectName, HashMapStateStore<ObjectName>, DefaultClock, NoOpMiddleware>,
+    of_namespace: Keyed<Arc<str>>,
+    of_service: Keyed<ObjectName>,
 }
 
 impl Limits {
     fn new() -> Self {
         Self {
             of_node: RateLimiter::direct(OF_NODE.quota()),
+            of_namespace: RateLimiter::hashmap(OF_NAMESPACE.quota()),
             of_service: RateLimiter::hashmap(OF_SERVICE.quota()),
         }
     }
@@ -105,7 +112,10 @@ impl Limits {
     fn allow(&self, service: &ObjectName) -> bool {
         // Services that have been quiet for long need no state.
         self.of_service.retain_recent();
-        self.of_service.check_key(service).is_ok() && self.of_node.check().is_ok()
+        self.of_namespace.retain_recent();
+        self.of_service.check_key(service).is_ok()
+            && self.of_namespace.check_key(&service.namespace).is_ok()
+            && self.of_node.check().is_ok()
     }
 }
 

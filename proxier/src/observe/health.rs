@@ -46,6 +46,8 @@ struct Turning {
 struct Progress {
     synced: bool,
     applied: bool,
+    /// Whether all was applied that the kernel has room for.
+    full: bool,
     /// Since when, and how often in a row, the state could not be applied.
     failing: Option<(Instant, u64)>,
     /// None where no kernel is programmed.
@@ -166,6 +168,12 @@ impl Health {
         progress.failing = None;
     }
 
+    /// The state is in force but for what the kernel has no room for. Starting the agent anew would not make any, and one
+    /// Service's greed must not hold up a roll-out.
+    pub fn applied_but_for_room(&self) {
+        lock(&self.0.progress).full = true;
+    }
+
     /// The state, or a part of it, could not be applied.
     pub fn apply_failed(&self) {
         let mut progress = lock(&self.0.progress);
@@ -250,8 +258,8 @@ impl Progress {
             )
         });
         let mut state = Check::new("state-applied", None);
-        if self.applied {
-            state.remark = failing.map(|failing| format!("but not the last change, {failing}"));
+        if self.applied || self.full {
+            state.remark = failing.map(|failing| format!("but not all of it, {failing}"));
         } else {
             state.failure = Some(failing.unwrap_or_else(|| "not yet".to_owned()));
         }
@@ -402,10 +410,21 @@ mod tests {
         advance(Duration::from_secs(5)).await;
         let ready = health.ready();
         assert!(ready.passed());
-        let text = "[+]state-applied ok: but not the last change, failed attempts: 1, in 5 seconds";
+        let text = "[+]state-applied ok: but not all of it, failed attempts: 1, in 5 seconds";
         assert!(ready.to_string().contains(text), "{ready}");
         health.applied();
         assert!(!health.ready().to_string().contains("but"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_the_kernel_has_no_room_for_does_not_keep_a_started_agent_from_being_ready() {
+        let health = Health::new(false);
+        health.synced();
+        health.apply_failed();
+        assert!(!health.ready().passed());
+        health.applied_but_for_room();
+        assert!(health.ready().passed());
+        assert!(health.ready().to_string().contains("[+]state-applied ok: but not all of it"));
     }
 
     #[tokio::test(start_paused = true)]

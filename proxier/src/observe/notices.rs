@@ -1,7 +1,10 @@
 //! What is worth an Event: that a Service's addresses lead to pods on this node, or no longer do; what is wrong with it; that
 //! the kernel has no room for it. On transitions only. Pure; `events` publishes.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+};
 
 use super::{changes::Change, report::Transition};
 use crate::{
@@ -9,6 +12,9 @@ use crate::{
     desired::{Desired, DesiredService, NoBackend},
     model::{NodeName, ObjectId, ObjectName, Problem, ProblemKind, Severity, Subject},
 };
+
+/// How many nodes tell what is wrong with a Service that has no pods.
+const TELLERS: usize = 3;
 
 /// More addresses than this in one sentence nobody reads.
 const MAX_ADDRESSES: usize = 8;
@@ -58,6 +64,12 @@ impl Reason {
             Self::TableFull => "TableFull",
             Self::Problem(kind) => kind.reason(),
         }
+    }
+
+    /// Whether it may be over in a moment.
+    #[must_use]
+    pub const fn may_pass(self) -> bool {
+        matches!(self, Self::Problem(ProblemKind::NoEndpoints | ProblemKind::NoEndpointsOfFamily))
     }
 
     /// What was being done.
@@ -131,19 +143,32 @@ pub fn of_changes(
 
 /// That something is wrong with a Service, if this node is to tell.
 ///
-/// All nodes see the same; should one of them run a pod of the Service, the first by name of those that do tells.
+/// All nodes see the same. Should some of them run pods of the Service, the first of those by name tells; else [`TELLERS`] of all,
+/// others for each Service: on some nodes no agent may run. Without Nodes, all tell.
 #[must_use]
 pub fn of_transition(transition: &Transition, catalog: &Catalog, node: &NodeName) -> Option<Notice> {
     let Transition::Appeared(problem) = transition else { return None };
     let Subject::Object(ObjectId::Service(name)) = &problem.subject else { return None };
-    let nodes = || {
-        let endpoints = catalog.slices_of(name).flat_map(|slice| slice.endpoints.iter());
-        endpoints.filter_map(|endpoint| endpoint.node.as_ref())
-    };
-    if problem.severity == Severity::Info || nodes().min().is_some_and(|first| first != node) {
+    if problem.severity == Severity::Info || !tells(name, catalog, node) {
         return None;
     }
     Some(of_service(name, Reason::Problem(problem.kind), sentence(problem), catalog))
+}
+
+/// Whether `node` is among those that tell what is wrong with a Service.
+fn tells(name: &ObjectName, catalog: &Catalog, node: &NodeName) -> bool {
+    let endpoints = catalog.slices_of(name).flat_map(|slice| slice.endpoints.iter());
+    if let Some(first) = endpoints.filter_map(|endpoint| endpoint.node.as_ref()).min() {
+        return first == node;
+    }
+    // Rendezvous hashing: every node comes to the same result without asking.
+    let weight = |node: &NodeName| {
+        let mut hasher = DefaultHasher::new();
+        (name, node).hash(&mut hasher);
+        hasher.finish()
+    };
+    let own = weight(node);
+    catalog.nodes().filter(|other| weight(&other.name) < own).count() < TELLERS
 }
 
 /// That the kernel has no room, as its sink says it.
@@ -180,7 +205,7 @@ mod tests {
         desired::{Scope, Settings, compute},
         model::{
             Object,
-            testing::{mk_endpoint, mk_name, mk_service, mk_slice},
+            testing::{mk_endpoint, mk_name, mk_node, mk_service, mk_slice},
         },
         observe::{changes::between, report::Report},
     };
@@ -244,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn one_node_with_a_pod_tells_what_is_wrong_or_all_if_there_is_none() {
+    fn one_node_with_a_pod_tells_what_is_wrong() {
         let mut catalog = cluster(&[("11.0.1.2", "node1"), ("11.0.2.2", "node2"), ("1100::2", "node2")]);
         catalog.apply(mk_service("web", ["10.0.0.55", "127.0.0.1"]).into());
         let told = told_by("node1", &catalog);
@@ -255,12 +280,20 @@ mod tests {
             "{told:?}"
         );
         assert_eq!(told_by("node2", &catalog), []);
-        let lonely = cluster(&[]);
-        for node in ["node1", "node2"] {
-            assert_eq!(
-                told_by(node, &lonely).first().map(|notice| notice.reason.name()),
-                Some("NoEndpoints")
-            );
+    }
+
+    #[test]
+    fn of_a_hundred_nodes_without_a_pod_three_tell_what_is_wrong() {
+        let mut lonely = cluster(&[]);
+        let nodes: Vec<String> = (0..100).map(|number| format!("node{number}")).collect();
+        let tellers =
+            |catalog: &Catalog| nodes.iter().filter(|node| !told_by(node, catalog).is_empty()).count();
+        assert_eq!(tellers(&lonely), 100, "without Nodes");
+        for node in &nodes {
+            lonely.apply(mk_node(node, []).into());
         }
+        assert_eq!(tellers(&lonely), TELLERS);
+        let notice = nodes.iter().flat_map(|node| told_by(node, &lonely)).next().unwrap();
+        assert!(notice.reason.name() == "NoEndpoints" && notice.reason.may_pass());
     }
 }

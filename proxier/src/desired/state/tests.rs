@@ -491,3 +491,18 @@ proptest! {
         prop_assert_eq!(format!("{:?} {:?}", state.claims, state.taken), format!("{:?} {:?}", new.claims, new.taken));
     }
 }
+
+#[test]
+fn of_ten_thousand_wrong_addresses_a_hundred_are_told_and_the_rest_counted() {
+    let mut state = State::new(settings());
+    let mut web = mk_service("web", ["10.0.0.55"]);
+    web.external_ips.extend((0..10_000_u32).map(|n| IpAddr::from(std::net::Ipv4Addr::from(0x7f00_0000 + n))));
+    state.apply(web.into());
+    state.refresh();
+    let subject = Subject::Object(ObjectId::Service(mk_name("web")));
+    let problems = state.problems_of(&subject);
+    assert_eq!(problems.len(), MAX_PROBLEMS + 1);
+    let told: Vec<_> = problems.iter().map(ToString::to_string).collect();
+    assert!(told.iter().any(|text| text.contains("has 9901 more problems like those")), "{told:?}");
+    assert_eq!(state.desired().services.len(), 1);
+}
