@@ -7,7 +7,7 @@
 //! within network namespaces.
 //!
 //! It is no API server: it stores what it is given, with no defaults, no validation and no admission; it speaks
-//! HTTP/1.1 without TLS, and JSON only, on one line where the real server indents for curl.
+//! HTTP/1.1, with TLS if asked for, and JSON only, on one line where the real server indents for curl.
 
 mod answer;
 mod fault;
@@ -17,12 +17,14 @@ mod serve;
 mod state;
 mod status;
 mod store;
+mod tls;
 mod watch;
 
 use std::{
     fmt, fs, io,
     net::{Ipv4Addr, SocketAddr, TcpListener},
     path::Path,
+    pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     thread::JoinHandle,
     time::Duration,
@@ -30,6 +32,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use axum::serve::ListenerExt as _;
+use base64::{Engine as _, engine::general_purpose::STANDARD};
 use nix::sched::{CloneFlags, setns};
 use serde_json::Value;
 use socket2::{Domain, Socket, Type};
@@ -43,6 +46,7 @@ pub use self::{
 use self::{
     state::{Shared, State},
     store::{Store, key},
+    tls::Tls,
 };
 use crate::netns::Namespace;
 
@@ -57,6 +61,7 @@ pub struct ApiServer {
     listening: Mutex<Listening>,
     /// Where sockets are made; none is the namespace of whoever asks.
     namespace: Option<fs::File>,
+    tls: Option<Tls>,
 }
 
 #[derive(Debug)]
@@ -95,7 +100,7 @@ impl ApiServer {
     ///
     /// No descriptor or thread left.
     pub fn start_on(listener: TcpListener) -> anyhow::Result<Self> {
-        Self::start_from(listener, None)
+        Self::start_from(listener, None, None)
     }
 
     /// Starts in a network namespace; port 0 is any.
@@ -104,16 +109,30 @@ impl ApiServer {
     ///
     /// The address is not there or taken.
     pub fn start_in(namespace: &Namespace, address: SocketAddr) -> anyhow::Result<Self> {
-        let file = fs::File::open(namespace.path()).context("no such namespace")?;
-        let socket = bound(address, Some(&file))?;
-        Self::start_from(listen(&socket)?, Some(file))
+        let (listener, file) = listener_in(namespace, address)?;
+        Self::start_from(listener, Some(file), None)
     }
 
-    fn start_from(listener: TcpListener, namespace: Option<fs::File>) -> anyhow::Result<Self> {
+    /// The same with TLS: clients need [`Self::write_kubeconfig`] or [`Self::write_service_account`] to trust it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::start_in`].
+    pub fn start_with_tls_in(namespace: &Namespace, address: SocketAddr) -> anyhow::Result<Self> {
+        let (listener, file) = listener_in(namespace, address)?;
+        let tls = Tls::new(address)?;
+        Self::start_from(listener, Some(file), Some(tls))
+    }
+
+    fn start_from(
+        listener: TcpListener,
+        namespace: Option<fs::File>,
+        tls: Option<Tls>,
+    ) -> anyhow::Result<Self> {
         let address = listener.local_addr()?;
         let shared = Shared::new(TOKEN);
-        let serving = Serving::start(listener, &shared)?;
-        Ok(Self { shared, address, listening: Mutex::new(Listening::Up(serving)), namespace })
+        let serving = Serving::start(listener, &shared, tls.as_ref())?;
+        Ok(Self { shared, address, listening: Mutex::new(Listening::Up(serving)), namespace, tls })
     }
 
     /// Where it listens.
@@ -125,7 +144,8 @@ impl ApiServer {
     /// Where it listens, for a client.
     #[must_use]
     pub fn url(&self) -> String {
-        format!("http://{}", self.address)
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}", self.address)
     }
 
     /// What clients show.
@@ -139,19 +159,22 @@ impl ApiServer {
         token.clone_into(&mut self.shared.lock().token);
     }
 
-    /// Writes a kubeconfig with the address and the token.
+    /// Writes a kubeconfig with the address, the token, and whom to trust.
     ///
     /// # Errors
     ///
     /// As the file system says.
     pub fn write_kubeconfig(&self, path: &Path) -> anyhow::Result<()> {
         let (url, token) = (self.url(), self.token());
+        let authority = self.tls.as_ref().map_or_else(String::new, |tls| {
+            format!(", certificate-authority-data: {}", STANDARD.encode(&tls.authority))
+        });
         let text = format!(
             "apiVersion: v1
 kind: Config
 clusters:
 - name: double
-  cluster: {{server: \"{url}\"}}
+  cluster: {{server: \"{url}\"{authority}}}
 users:
 - name: agent
   user: {{token: \"{token}\"}}
@@ -162,6 +185,23 @@ current-context: double
 "
         );
         fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// Writes what the kubelet mounts at `/var/run/secrets/kubernetes.io/serviceaccount`. In a pod `KUBERNETES_SERVICE_HOST` and
+    /// `KUBERNETES_SERVICE_PORT` are [`Self::address`].
+    ///
+    /// # Errors
+    ///
+    /// It was started without TLS, which clients in pods insist on; or as the file system says.
+    pub fn write_service_account(&self, directory: &Path, namespace: &str) -> anyhow::Result<()> {
+        let tls = self.tls.as_ref().context("this double has no TLS: use start_with_tls_in")?;
+        for (name, text) in
+            [("token", self.token().as_str()), ("ca.crt", &tls.authority), ("namespace", namespace)]
+        {
+            let path = directory.join(name);
+            fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        Ok(())
     }
 
     /// Creates or replaces an object, as `kubectl replace` would; the same once more changes nothing. Gives the
@@ -359,7 +399,7 @@ current-context: double
         match &*listening {
             Listening::Up(_) => {}
             Listening::Down(socket) => {
-                let serving = Serving::start(listen(socket)?, &self.shared)?;
+                let serving = Serving::start(listen(socket)?, &self.shared, self.tls.as_ref())?;
                 *listening = Listening::Up(serving);
             }
             Listening::Lost => bail!("the port {} was lost when it was let go", self.address),
@@ -397,6 +437,13 @@ fn present(state: &State, resource: Resource) -> Vec<Value> {
     objects.map(|(_, object)| object.value(resource)).collect()
 }
 
+/// A listener in a namespace, and the namespace for when it is to be bound again.
+fn listener_in(namespace: &Namespace, address: SocketAddr) -> anyhow::Result<(TcpListener, fs::File)> {
+    let file = fs::File::open(namespace.path()).context("no such namespace")?;
+    let socket = bound(address, Some(&file))?;
+    Ok((listen(&socket)?, file))
+}
+
 /// A socket that has the address and does not listen yet.
 fn bound(address: SocketAddr, namespace: Option<&fs::File>) -> anyhow::Result<Socket> {
     let make = || -> io::Result<Socket> {
@@ -432,21 +479,27 @@ struct Serving {
 }
 
 impl Serving {
-    fn start(listener: TcpListener, shared: &Arc<Shared>) -> anyhow::Result<Self> {
+    fn start(listener: TcpListener, shared: &Arc<Shared>, tls: Option<&Tls>) -> anyhow::Result<Self> {
         listener.set_nonblocking(true)?;
         let router = serve::router(Arc::clone(shared));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let listener = {
+        let served: Pin<Box<dyn Future<Output = io::Result<()>> + Send>> = {
             let _entered = runtime.enter();
-            tokio::net::TcpListener::from_std(listener)?
+            let listener = tokio::net::TcpListener::from_std(listener)?;
+            match tls {
+                Some(tls) => Box::pin(axum::serve(tls.listen(listener)?, router).into_future()),
+                None => {
+                    // A line of a watch is sent when it is there, not with the next. A connection that is gone will say so.
+                    let listener = listener.tap_io(|connection| drop(connection.set_nodelay(true)));
+                    Box::pin(axum::serve(listener, router).into_future())
+                }
+            }
         };
-        // A line of a watch is sent when it is there, not with the next. A connection that is gone will say so.
-        let listener = listener.tap_io(|connection| drop(connection.set_nodelay(true)));
         let (stop, stopped) = oneshot::channel::<()>();
         let thread = std::thread::Builder::new().name("api server".to_owned()).spawn(move || {
             runtime.block_on(async {
                 tokio::select! {
-                    served = axum::serve(listener, router).into_future() => {
+                    served = served => {
                         if let Err(error) = served {
                             eprintln!("the API server's double no longer serves: {error}");
                         }
