@@ -59,6 +59,19 @@ impl Scenario {
     /// When there is no agent to start, or no lab.
     #[must_use]
     pub fn prepare(lab: &LabSpec, arguments: &[&str]) -> Self {
+        let scenario = Self::without_objects(lab, arguments);
+        scenario.write("service.yaml", &manifests::service(SERVICE, &externals()));
+        scenario.write_pods(&scenario.all_pods());
+        scenario
+    }
+
+    /// As [`Self::prepare`], without manifests: the agent may be given another source.
+    ///
+    /// # Panics
+    ///
+    /// As [`Self::prepare`].
+    #[must_use]
+    pub fn without_objects(lab: &LabSpec, arguments: &[&str]) -> Self {
         let work = tempfile::tempdir().unwrap_or_else(|error| panic!("no temporary directory: {error}"));
         let manifests = work.path().join("manifests");
         fs::create_dir(&manifests).unwrap_or_else(|error| panic!("{}: {error}", manifests.display()));
@@ -66,10 +79,7 @@ impl Scenario {
         let lab = Lab::build(lab).unwrap_or_else(|error| panic!("no lab: {error:#}"));
         let spec =
             AgentSpec::new(&binary, &manifests, &work.path().join("agent.log")).with_arguments(arguments);
-        let scenario = Self { agent: None, lab, spec, work };
-        scenario.write("service.yaml", &manifests::service(SERVICE, &externals()));
-        scenario.write_pods(&scenario.all_pods());
-        scenario
+        Self { agent: None, lab, spec, work }
     }
 
     /// Addresses of all pods.
@@ -112,6 +122,17 @@ impl Scenario {
     pub fn start_agent(&mut self) {
         assert!(self.agent.is_none(), "an agent is running");
         let agent = self.spec.start(&self.lab).unwrap_or_else(|error| panic!("{error:#}"));
+        self.agent = Some(agent);
+    }
+
+    /// Starts an agent, and does not wait.
+    ///
+    /// # Panics
+    ///
+    /// When it cannot be started.
+    pub fn spawn_agent(&mut self) {
+        assert!(self.agent.is_none(), "an agent is running");
+        let agent = self.spec.spawn(&self.lab).unwrap_or_else(|error| panic!("{error:#}"));
         self.agent = Some(agent);
     }
 
