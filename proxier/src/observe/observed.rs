@@ -195,7 +195,7 @@ impl Observed {
         self.source(resource, false, Some(error.to_string()));
     }
 
-    /// When anything came for `resource`, a bookmark too: that it is silent is known by this.
+    /// When something came of `resource`: an object, or that one has gone. Where nothing happens, this is long ago.
     pub fn source_heard(&self, resource: &'static str) {
         self.metrics.source_heard(resource, SystemTime::now());
         if let Some(report) = self.status().resources.get_mut(resource) {
