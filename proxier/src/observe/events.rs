@@ -152,13 +152,22 @@ impl Publisher {
                 if !std::mem::replace(&mut self.failing, true) {
                     tracing::warn!(
                         service = %notice.service,
-                        "Events cannot be written: {error}; the log has what they would tell; should it be forbidden, give \
-                         this ServiceAccount create of events in the API group events.k8s.io (deploy/ has a ClusterRole)"
+                        "Events cannot be written: {}; the log has what they would tell; should it be forbidden, give \
+                         this ServiceAccount create of events in the API group events.k8s.io (deploy/ has a ClusterRole)",
+                        words(&error)
                     );
                 }
                 self.observed.event_dropped(FAILED);
             }
         }
+    }
+}
+
+/// What the API server says, without the Status around it.
+fn words(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(answer) => format!("{}: {}", answer.code, answer.message),
+        error => error.to_string(),
     }
 }
 
@@ -226,6 +235,16 @@ mod tests {
         assert_eq!(event.metadata.namespace.as_deref(), Some("default"));
         assert_eq!(event.reporting_instance.as_deref(), Some("node1"));
         assert_eq!(event.note.as_deref(), Some("hello"));
+    }
+
+    #[test]
+    fn a_refusal_is_told_in_the_api_servers_words() {
+        let refusal = kube::core::Status {
+            code: 403,
+            message: "events.events.k8s.io is forbidden".to_owned(),
+            ..kube::core::Status::default()
+        };
+        assert_eq!(words(&kube::Error::Api(Box::new(refusal))), "403: events.events.k8s.io is forbidden");
     }
 
     #[test]
