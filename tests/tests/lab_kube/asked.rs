@@ -114,7 +114,7 @@ fn metrics_tell_of_traffic_and_of_changes() {
         let ago = now - metrics.value(series);
         assert!((0.0..120.0).contains(&ago), "{series}: {ago} seconds ago");
     }
-    assert!((1..1 << 30).contains(&(metrics.value("process_resident_memory_bytes") as u64)));
+    assert!((1e6..1e9).contains(&metrics.value("process_resident_memory_bytes")));
 
     let happened = SystemTime::now() - Duration::from_secs(3);
     apply(&server, &slices_since(&scenario, "alpine-2", happened));
@@ -218,11 +218,7 @@ fn load_balancers_are_told_where_pods_are_and_leave_before_the_last_one_goes() {
     for external in externals() {
         scenario.wait_for_silence(external);
     }
-    // Without an agent nobody answers, and the next one does.
-    scenario.kill_agent();
-    assert!(checked(&scenario, scenario.lab.node.addresses[0]).is_err());
     apply_condition(&server, &scenario, "alpine-1", "ready: true");
-    scenario.start_agent();
     wait_for_pods(&scenario, 1);
 
     server.delete("Service", "lab", SERVICE).unwrap();

@@ -13,7 +13,7 @@ mod said;
 use std::net::IpAddr;
 
 use proxier_tests::{
-    apiserver::Resource,
+    apiserver::{ApiServer, Resource},
     exchange::Protocol,
     kube_scenario::{apply, apply_pods, apply_service, start},
     manifests,
@@ -50,67 +50,64 @@ fn a_service_that_only_the_api_server_knows_is_delivered() {
     }
 }
 
-#[test]
-fn a_service_without_its_label_is_left_alone_until_it_has_it_again() {
-    skip_unless_root!();
-    let (server, scenario) = start(&LabSpec::unique(), &[]);
+fn a_service_without_its_label_is_left_alone(server: &ApiServer, scenario: &Scenario) {
     let stays = another_external(1);
-    apply_service(&server, "stays", &[stays]);
-    apply_pods(&server, "stays", &scenario.pod("alpine-1"));
+    apply_service(server, "stays", &[stays]);
+    apply_pods(server, "stays", &scenario.pod("alpine-1"));
     scenario.wait_for_any_pod(stays);
-
-    let labelled = manifests::service(SERVICE, &externals());
-    apply(&server, &labelled.replace("service-proxy-name: proxier", "service-proxy-name: other"));
-    for external in externals() {
-        scenario.wait_for_silence(external);
-    }
-    assert_eq!(pod_of(&scenario, stays), "alpine-1");
-    apply(&server, &labelled);
-    for external in externals() {
-        scenario.wait_for_any_pod(external);
-    }
-
+    let service = manifests::service(SERVICE, &externals());
     // The controller of EndpointSlices gives them the Service's labels.
     let slices = manifests::slices(SERVICE, NODE_NAME, &scenario.all_pods());
-    let elsewhere = slices.replace("service-proxy-name: proxier", "service-proxy-name: other");
-    apply(&server, &elsewhere);
-    for external in externals() {
-        scenario.wait_for_silence(external);
-    }
-    apply(&server, &slices);
-    for external in externals() {
-        scenario.wait_for_any_pod(external);
+    for labelled in [service, slices] {
+        apply(server, &labelled.replace("service-proxy-name: proxier", "service-proxy-name: other"));
+        for external in externals() {
+            scenario.wait_for_silence(external);
+        }
+        assert_eq!(pod_of(scenario, stays), "alpine-1");
+        apply(server, &labelled);
+        for external in externals() {
+            scenario.wait_for_any_pod(external);
+        }
     }
 }
 
-#[test]
-fn a_service_that_is_deleted_is_withdrawn_and_another_of_its_name_is_delivered() {
-    skip_unless_root!();
-    let (server, scenario) = start(&LabSpec::unique(), &[]);
+fn an_address_that_a_node_has_is_withdrawn(server: &ApiServer, scenario: &Scenario) {
     let [v4, v6] = externals();
-    scenario.wait_for_any_pod(v4);
-    server.delete("Service", "lab", SERVICE).unwrap();
-    scenario.wait_for_silence(v4);
-    scenario.wait_for_silence(v6);
-    assert_eq!(scenario.get("services").len(), 0);
-    // As when somebody deletes and creates it: an address of the former one is no longer its.
-    apply_service(&server, SERVICE, &[v6]);
-    scenario.wait_for_any_pod(v6);
-    scenario.wait_for_silence(v4);
-}
-
-#[test]
-fn an_address_that_a_node_has_is_withdrawn_until_the_node_goes() {
-    skip_unless_root!();
-    let (server, scenario) = start(&LabSpec::unique(), &[]);
-    let [v4, v6] = externals();
-    scenario.wait_for_any_pod(v4);
-    let node = format!(
-        "apiVersion: v1\nkind: Node\nmetadata: {{name: node2}}\nstatus:\n  addresses:\n  - {{type: InternalIP, address: {v4}}}\n"
+    let addresses = format!("addresses: [{{type: InternalIP, address: {v4}}}]");
+    apply(
+        server,
+        &format!("apiVersion: v1\nkind: Node\nmetadata: {{name: node2}}\nstatus: {{{addresses}}}\n"),
     );
-    apply(&server, &node);
     scenario.wait_for_silence(v4);
     scenario.wait_for_any_pod(v6);
     server.delete("Node", "", "node2").unwrap();
     scenario.wait_for_any_pod(v4);
+}
+
+fn a_service_that_is_deleted_is_withdrawn_and_another_of_its_name_is_delivered(
+    server: &ApiServer,
+    scenario: &Scenario,
+) {
+    let [v4, v6] = externals();
+    server.delete("Service", "lab", SERVICE).unwrap();
+    scenario.wait_for_silence(v4);
+    scenario.wait_for_silence(v6);
+    assert!(
+        scenario.get("services").iter().all(|row| row["name"] != SERVICE),
+        "{:?}",
+        scenario.get("services")
+    );
+    // As when somebody deletes and creates it: an address of the former one is no longer its.
+    apply_service(server, SERVICE, &[v6]);
+    scenario.wait_for_any_pod(v6);
+    scenario.wait_for_silence(v4);
+}
+
+#[test]
+fn what_becomes_of_objects_becomes_of_packets() {
+    skip_unless_root!();
+    let (server, scenario) = start(&LabSpec::unique(), &[]);
+    a_service_without_its_label_is_left_alone(&server, &scenario);
+    an_address_that_a_node_has_is_withdrawn(&server, &scenario);
+    a_service_that_is_deleted_is_withdrawn_and_another_of_its_name_is_delivered(&server, &scenario);
 }

@@ -1,6 +1,9 @@
 //! The API server fails, in any way; packets do not notice.
+//!
+//! An agent asks a server that fails ever less often, so these tests mostly wait: those of a kind do so at the same time, each in a lab
+//! of its own.
 
-use std::{thread::sleep, time::Duration};
+use std::{collections::BTreeSet, net::IpAddr, thread::sleep, time::Duration};
 
 use proxier_tests::{
     apiserver::{ApiServer, Fault, FutureWatch, Kind, Resource, Step, Verb},
@@ -13,7 +16,6 @@ use proxier_tests::{
     topology::LabSpec,
     wait,
 };
-use serde_json::Value;
 
 use crate::{another_external, pod_of};
 
@@ -75,9 +77,24 @@ fn what_a_former_agent_left_stays_in_force_until_everything_has_been_listed() {
     assert_eq!(scenario.get("services").len(), 2);
 }
 
+/// Runs both at the same time.
+fn at_once(one: impl FnOnce() + Send, other: impl FnOnce() + Send) {
+    std::thread::scope(|scope| {
+        let others = [scope.spawn(one), scope.spawn(other)];
+        for thread in others {
+            // With its own words, which the scope's would hide.
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        }
+    });
+}
+
 #[test]
-fn a_server_that_is_away_costs_no_packet_and_its_return_changes_nothing() {
+fn a_server_that_is_away_costs_no_packet_and_is_caught_up_with() {
     skip_unless_root!();
+    at_once(its_return_changes_nothing, what_has_changed_meanwhile_is_caught_up_with);
+}
+
+fn its_return_changes_nothing() {
     let (server, mut scenario) = start(&LabSpec::unique(), &[]);
     let before = (tables(&scenario), attempts(&scenario), changes_told(&mut scenario));
     without_loss(&mut scenario, |scenario| {
@@ -108,9 +125,7 @@ fn a_server_that_is_away_costs_no_packet_and_its_return_changes_nothing() {
     }
 }
 
-#[test]
-fn what_changes_while_the_server_is_away_is_caught_up_with() {
-    skip_unless_root!();
+fn what_has_changed_meanwhile_is_caught_up_with() {
     let (server, mut scenario) = prepare(&LabSpec::unique(), &[]);
     let [moves, leaves, comes] = [1, 2, 3].map(another_external);
     for (service, external) in [("moves", moves), ("leaves", leaves)] {
@@ -136,64 +151,91 @@ fn what_changes_while_the_server_is_away_is_caught_up_with() {
     });
 }
 
-/// A Service beside the one that stays, which has another pod at every call.
+/// A Service beside the one that stays, which has another address and another pod at every turn.
 struct Turning<'a> {
     server: &'a ApiServer,
-    round: usize,
+    round: u8,
 }
 
 impl Turning<'_> {
     const SERVICE: &'static str = "turning";
 
-    /// The pods by turns, so that there is always one.
     fn turn(&mut self, scenario: &Scenario) {
         self.round += 1;
+        apply_service(self.server, Self::SERVICE, &[self.external()]);
         apply_pods(self.server, Self::SERVICE, &scenario.pod(self.pod()));
     }
 
-    fn pod(&self) -> &'static str {
-        ["alpine-1", "alpine-2"][self.round % 2]
+    /// No round has another one's: what is still under way of an earlier turn cannot pass for a later one.
+    fn external(&self) -> IpAddr {
+        another_external(self.round)
     }
 
-    /// Waits until the kernel has its pod.
-    fn wait(&self, scenario: &Scenario, when: &str) {
-        let pods: Vec<Value> = scenario.pod(self.pod()).iter().map(|pod| pod.to_string().into()).collect();
-        let arrived = wait::until(BACK_WITHIN, || {
-            let rows = scenario.get("endpoints");
-            let mut its = rows.iter().filter(|row| row["name"] == Self::SERVICE);
-            (its.clone().count() > 0 && its.all(|row| pods.contains(&row["pod"]))).then_some(())
-        });
-        assert!(arrived.is_some(), "{when}: {:?}\n{}", scenario.get("endpoints"), status(scenario).1);
+    fn pod(&self) -> &'static str {
+        ["alpine-1", "alpine-2"][usize::from(self.round % 2)]
     }
+
+    /// Waits until the kernel has what the API server has.
+    fn wait(&self, scenario: &Scenario, when: &str) {
+        let column = |kind, column| -> BTreeSet<IpAddr> {
+            let rows = scenario.get(kind).into_iter().filter(|row| row["name"] == Self::SERVICE);
+            rows.map(|row| row[column].as_str().unwrap().parse().unwrap()).collect()
+        };
+        let known = || (column("services", "external"), column("endpoints", "pod"));
+        // It has no external address for the other pod address to answer at.
+        let pods = scenario.pod(self.pod()).into_iter().filter(IpAddr::is_ipv4).collect();
+        let expected = (BTreeSet::from([self.external()]), pods);
+        let arrived = wait::until(BACK_WITHIN, || (known() == expected).then_some(()));
+        assert!(arrived.is_some(), "{when}: {:?} instead of {expected:?}\n{}", known(), status(scenario).1);
+    }
+}
+
+/// A lab with [`Turning`], and traffic to the Service that stays, which nothing may happen to.
+fn play(misfortunes: impl FnOnce(&ApiServer, &mut Scenario, &mut Turning<'_>)) {
+    let (server, mut scenario) = start(&LabSpec::unique(), &[]);
+    // Else a client that has seen more than the server now knows of would hear nothing for a minute and a half.
+    server.set_future_watch(FutureWatch::Refused);
+    let mut turning = Turning { server: &server, round: 0 };
+    turning.turn(&scenario);
+    turning.wait(&scenario, "at first");
+    without_loss(&mut scenario, |scenario| misfortunes(&server, scenario, &mut turning));
+    assert_live_and_ready(&scenario);
+    let log = scenario.agent().log();
+    for (line, times) in [
+        // Both families, at the start.
+        ("Service programmed", 2),
+        ("Service changed", 0),
+        ("Service withdrawn", 0),
+        ("Service without local pods", 0),
+    ] {
+        let told =
+            log.lines().filter(|told| told.contains(line) && told.contains(&format!("lab/{SERVICE} ")));
+        assert_eq!(told.count(), times, "{line}: {log}");
+    }
+}
+
+fn history_is_lost(server: &ApiServer, scenario: &mut Scenario, turning: &mut Turning<'_>) {
+    let backup = server.backup();
+    let round = turning.round;
+    for _ in 0..3 {
+        turning.turn(scenario);
+    }
+    turning.wait(scenario, "before etcd is restored");
+    server.restore(&backup);
+    turning.round = round;
+    turning.wait(scenario, "after etcd was restored");
+
+    server.cut_watches();
+    turning.turn(scenario);
+    server.compact();
+    turning.wait(scenario, "after a compaction");
 }
 
 #[test]
 fn no_packet_is_lost_in_any_sequence_of_misfortunes() {
     skip_unless_root!();
     let seed = std::env::var("PROXIER_TEST_SEED").map_or(7, |seed| seed.parse().unwrap());
-    let (server, mut scenario) = start(&LabSpec::unique(), &[]);
-    // Else a client that has seen more than the server now knows of would hear nothing for a minute and a half.
-    server.set_future_watch(FutureWatch::Refused);
-    let mut turning = Turning { server: &server, round: 0 };
-    apply_service(&server, Turning::SERVICE, &[another_external(1)]);
-    turning.turn(&scenario);
-    turning.wait(&scenario, "at first");
-    without_loss(&mut scenario, |scenario| {
-        let told = changes_told(scenario);
-        server.cut_watches();
-        turning.turn(scenario);
-        server.compact();
-        turning.wait(scenario, "after a compaction");
-        assert!(changes_told(scenario) > told);
-
-        let backup = server.backup();
-        let pod_of_backup = turning.round;
-        turning.turn(scenario);
-        turning.wait(scenario, "before etcd is restored");
-        server.restore(&backup);
-        turning.round = pod_of_backup;
-        turning.wait(scenario, "after etcd was restored");
-
+    let sequence = |server: &ApiServer, scenario: &mut Scenario, turning: &mut Turning<'_>| {
         for step in Step::sequence(seed).take(20) {
             server.play(step).unwrap();
             sleep(Duration::from_millis(20));
@@ -204,15 +246,8 @@ fn no_packet_is_lost_in_any_sequence_of_misfortunes() {
         server.play(Step::Restart(Duration::from_millis(10))).unwrap();
         turning.turn(scenario);
         turning.wait(scenario, &format!("seed {seed}"));
-        assert_live_and_ready(scenario);
-    });
-    let log = scenario.agent().log();
-    for line in ["Service programmed", "Service changed", "Service withdrawn", "without local pods"] {
-        let of_anchor =
-            log.lines().filter(|found| found.contains(line) && found.contains(&format!("lab/{SERVICE}")));
-        // Both families, at the start.
-        assert_eq!(of_anchor.count(), if line == "Service programmed" { 2 } else { 0 }, "{line}: {log}");
-    }
+    };
+    at_once(|| play(history_is_lost), || play(sequence));
 }
 
 /// What an operator sees of an outage that is somebody's mistake: a line that says what to do, once, however often the agent tries.
@@ -223,6 +258,9 @@ fn a_mistake_is_told_once(
     right: impl FnOnce(),
     says: [&str; 2],
 ) {
+    // The Event of the beginning is written: it could not be any more, and that is told as well.
+    let written = wait::until(BACK_WITHIN, || (!server.events().is_empty()).then_some(()));
+    assert!(written.is_some(), "{}", scenario.agent().log());
     without_loss(scenario, |scenario| {
         let from = server.requests().len();
         wrong();
@@ -252,9 +290,7 @@ fn a_mistake_is_told_once(
     assert_eq!((lines(&log, "WARN"), lines(&log, "answers again")), (1, 1), "{log}");
 }
 
-#[test]
-fn a_token_that_is_no_longer_good_is_told_once_and_costs_no_packet() {
-    skip_unless_root!();
+fn a_token_is_no_longer_good() {
     let (server, mut scenario) = start(&LabSpec::unique(), &[]);
     let token = server.token();
     let wrong = || server.set_token("another");
@@ -262,13 +298,17 @@ fn a_token_that_is_no_longer_good_is_told_once_and_costs_no_packet() {
     a_mistake_is_told_once(&mut scenario, &server, wrong, right, ["401: Unauthorized", "check the token"]);
 }
 
-#[test]
-fn rights_that_are_taken_away_are_told_once_and_cost_no_packet() {
-    skip_unless_root!();
+fn rights_are_taken_away() {
     let (server, mut scenario) = start(&LabSpec::unique(), &[]);
     let wrong = || {
         server.inject(Fault::new(Kind::Forbidden).of(Resource::Services));
     };
     let says = ["403: services is forbidden", "a ClusterRole with list and watch of services"];
     a_mistake_is_told_once(&mut scenario, &server, wrong, || server.heal(), says);
+}
+
+#[test]
+fn a_token_or_rights_that_are_missing_are_told_once_and_cost_no_packet() {
+    skip_unless_root!();
+    at_once(a_token_is_no_longer_good, rights_are_taken_away);
 }
