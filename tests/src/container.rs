@@ -4,7 +4,7 @@
 use std::{
     env,
     ffi::OsString,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Output},
     time::Duration,
 };
@@ -66,17 +66,25 @@ pub struct ContainerSpec {
     pub image: String,
     /// What it may do.
     pub privileges: Privileges,
-    /// Files and directories that it sees, under their own names, and cannot write.
-    pub mounts: Vec<OsString>,
+    /// Files and directories that it sees and cannot write, each with where it sees them.
+    pub mounts: Vec<(PathBuf, PathBuf)>,
     /// A file of variables, as a ConfigMap has them.
     pub variables: Option<OsString>,
+    /// Variables beside these, as the kubelet adds them.
+    pub environment: Vec<(String, String)>,
 }
 
 impl ContainerSpec {
     /// A privileged container of `image`.
     #[must_use]
     pub fn new(image: &str) -> Self {
-        Self { image: image.to_owned(), privileges: Privileges::all(), mounts: Vec::new(), variables: None }
+        Self {
+            image: image.to_owned(),
+            privileges: Privileges::all(),
+            mounts: Vec::new(),
+            variables: None,
+            environment: Vec::new(),
+        }
     }
 
     /// Starts `proxier` with `arguments` on the lab's node, and returns at once.
@@ -117,9 +125,11 @@ impl ContainerSpec {
         command.args(["--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024"]);
         command.args(["--read-only", "--read-only-tmpfs=false"]).args(&self.privileges.0);
         command.arg(format!("--volume={BPFFS}:{BPFFS}")).arg(format!("--env=NODE_NAME={NODE_NAME}"));
-        for path in &self.mounts {
-            let path = path.to_string_lossy();
-            command.arg(format!("--volume={path}:{path}:ro"));
+        for (from, at) in &self.mounts {
+            command.arg(format!("--volume={}:{}:ro", from.display(), at.display()));
+        }
+        for (name, value) in &self.environment {
+            command.arg(format!("--env={name}={value}"));
         }
         if let Some(file) = &self.variables {
             command.arg("--env-file").arg(file);

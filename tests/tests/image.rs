@@ -13,15 +13,20 @@ use std::{
 };
 
 use proxier_tests::{
+    apiserver::ApiServer,
     connection::Connection,
     container::{self, Container, ContainerSpec, Privileges},
     exchange::{PATIENCE, Protocol},
+    kube_scenario,
     neighbour::tcx_programs,
     scenario::{Scenario, externals},
     skip_unless_root,
     topology::{LabSpec, UPLINK},
     wait,
 };
+
+/// Where a pod finds its ServiceAccount.
+const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 
 /// The image, or the end of the test, loudly: a failure where nobody would miss it (CI=true).
 macro_rules! image_or_skip {
@@ -42,21 +47,33 @@ fn kustomize(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/kustomize").join(path)
 }
 
-/// The agent as the DaemonSet starts it, but for the source: what `source` reads is mounted where it is.
-fn daemon_set(image: &str, scenario: &Scenario) -> ContainerSpec {
+/// A node whose API server is the double, in the place of the real one.
+fn node() -> (ApiServer, Scenario) {
+    kube_scenario::prepare(&LabSpec::unique(), &[])
+}
+
+/// The agent as the DaemonSet starts it, with the ServiceAccount that the kubelet gives a pod.
+fn daemon_set(image: &str, server: &ApiServer, scenario: &Scenario) -> ContainerSpec {
+    let account = scenario.path("serviceaccount");
+    fs::create_dir_all(&account).unwrap();
+    server.write_service_account(&account, "proxier").unwrap();
+    let address = server.address();
+    let environment = [
+        ("KUBERNETES_SERVICE_HOST", address.ip().to_string()),
+        ("KUBERNETES_SERVICE_PORT", address.port().to_string()),
+    ];
     ContainerSpec {
-        mounts: vec![scenario.spec.manifests.clone().into()],
+        mounts: vec![(account, SERVICE_ACCOUNT.into())],
         variables: Some(kustomize("base/proxier.env").into()),
+        environment: environment.map(|(name, value)| (name.to_owned(), value)).to_vec(),
         ..ContainerSpec::new(image)
     }
 }
 
 fn start(spec: &ContainerSpec, scenario: &Scenario, more: &[&str]) -> Container {
-    let manifests = scenario.spec.manifests.display().to_string();
     let pins = scenario.lab.pin_path().display().to_string();
-    let source = ["file", "--input", &manifests];
-    let sink = ["to-bpf", "--uplink", UPLINK, "--pin-path", &pins];
-    let container = spec.start(&scenario.lab, &[&source[..], &sink, more].concat()).unwrap();
+    let arguments = ["kube", "to-bpf", "--uplink", UPLINK, "--pin-path", &pins];
+    let container = spec.start(&scenario.lab, &[&arguments[..], more].concat()).unwrap();
     container.wait_ready().unwrap();
     container
 }
@@ -101,8 +118,8 @@ fn the_image_is_one_file_that_all_may_run_and_nobody_may_write() {
 #[test]
 fn a_privileged_container_delivers_and_traffic_outlives_it() {
     let image = image_or_skip!();
-    let scenario = Scenario::prepare(&LabSpec::unique(), &[]);
-    let spec = daemon_set(&image, &scenario);
+    let (server, scenario) = node();
+    let spec = daemon_set(&image, &server, &scenario);
     let container = start(&spec, &scenario, &[]);
     every_protocol_is_answered(&scenario, 41000);
     let mut connections = externals().map(|external| Connection::open(&scenario, external, 42000));
@@ -129,9 +146,9 @@ fn a_privileged_container_delivers_and_traffic_outlives_it() {
 
 fn the_capabilities_of_the_overlay_are_enough(attach: &str) {
     let image = image_or_skip!();
-    let scenario = Scenario::prepare(&LabSpec::unique(), &[]);
+    let (server, scenario) = node();
     let privileges = Privileges::only(&capabilities());
-    let spec = ContainerSpec { privileges, ..daemon_set(&image, &scenario) };
+    let spec = ContainerSpec { privileges, ..daemon_set(&image, &server, &scenario) };
     let container = start(&spec, &scenario, &["--attach", attach]);
     every_protocol_is_answered(&scenario, 41000);
     container.kill().unwrap();
@@ -160,16 +177,14 @@ fn the_capabilities_of_the_overlay_are_enough_for_clsact() {
 #[test]
 fn each_capability_of_the_overlay_is_needed() {
     let image = image_or_skip!();
-    let scenario = Scenario::prepare(&LabSpec::unique(), &[]);
+    let (server, scenario) = node();
     for missing in capabilities() {
         let left: Vec<_> = capabilities().into_iter().filter(|capability| *capability != missing).collect();
-        let spec = ContainerSpec { privileges: Privileges::only(&left), ..daemon_set(&image, &scenario) };
-        let manifests = scenario.spec.manifests.display().to_string();
+        let spec =
+            ContainerSpec { privileges: Privileges::only(&left), ..daemon_set(&image, &server, &scenario) };
         let pins = scenario.lab.pin_path().display().to_string();
-        let error = spec
-            .run(&scenario.lab, &["file", "--input", &manifests, "to-bpf", "--pin-path", &pins])
-            .unwrap_err()
-            .to_string();
+        let error =
+            spec.run(&scenario.lab, &["kube", "to-bpf", "--pin-path", &pins]).unwrap_err().to_string();
         assert!(error.contains(&format!("needs the capabilities {missing}, which")), "{error}");
     }
 }
@@ -177,8 +192,8 @@ fn each_capability_of_the_overlay_is_needed() {
 #[test]
 fn the_cleanup_container_takes_everything_off_and_is_refused_beside_an_agent() {
     let image = image_or_skip!();
-    let scenario = Scenario::prepare(&LabSpec::unique(), &[]);
-    let agent = start(&daemon_set(&image, &scenario), &scenario, &[]);
+    let (server, scenario) = node();
+    let agent = start(&daemon_set(&image, &server, &scenario), &scenario, &[]);
     let pins = scenario.lab.pin_path().display().to_string();
     let cleanup = ["cleanup", "--pin-path", &pins];
     let spec = ContainerSpec::new(&image);
