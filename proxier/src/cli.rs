@@ -29,6 +29,7 @@ use crate::{
         Observed,
         events::Events,
         http::{self, DEFAULT_METRICS_ADDRESS, ListenArgs},
+        listen,
         log::{self, LogFormat},
         metrics::kernel::PinnedMaps,
         service_health::ServiceHealth,
@@ -397,6 +398,7 @@ where
     S: FnOnce(Arc<dyn Onlooker>) -> anyhow::Result<mpsc::Receiver<Batch>>,
 {
     let node = self::node_name(node_name)?;
+    listen::raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()

@@ -18,7 +18,7 @@ use clap::Args;
 
 use super::{
     health::Verdict,
-    listen::{Listen, Purpose, Server},
+    listen::{Connections, Listen, Purpose, Server},
     metrics::CONTENT_TYPE,
     observed::Observed,
     status::StatusReport,
@@ -28,6 +28,11 @@ use super::{
 pub const DEFAULT_HEALTH_ADDRESS: &str = "[::]:10356";
 /// Where metrics and status are answered unless told otherwise.
 pub const DEFAULT_METRICS_ADDRESS: &str = "127.0.0.1:10349";
+
+/// Connections at a time, of each of the two addresses.
+const MAX_CONNECTIONS: usize = 64;
+/// Of which one client address has so many at most. Who probes or scrapes needs one.
+const MAX_CONNECTIONS_PER_CLIENT: usize = 4;
 
 /// Where the agent answers.
 #[derive(Clone, Copy, Debug, Args)]
@@ -62,7 +67,9 @@ pub fn serve(observed: &Observed, listen: ListenArgs) -> Vec<Server> {
                 "see who has the port with `ss -ltnp`, and end that, or give another with {flag}"
             ),
         };
-        Server::start(address, purpose, routes)
+        // Each its own: whoever fills one of them leaves the other alone.
+        let connections = Connections::new(MAX_CONNECTIONS, MAX_CONNECTIONS_PER_CLIENT);
+        Server::start(address, purpose, routes, connections)
     };
     let mut servers = Vec::new();
     if let Some(address) = health_address.address()

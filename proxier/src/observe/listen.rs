@@ -2,26 +2,36 @@
 //! as its address is taken. Not for what is answered: that is `http` and `service_health`.
 //!
 //! One request a connection, few connections at a time, each for a short time: these ports may be open to anybody, and
-//! the agent needs its file descriptors for more important things.
+//! the agent needs its file descriptors for more important things. Nobody waits for a connection that waits for its
+//! client: a newcomer takes the place of the oldest of those, so that a probe, which sends its request at once, is
+//! answered however many others say nothing.
 
 use std::{
+    collections::BTreeMap,
     fmt, io,
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     str::FromStr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use axum::Router;
-use hyper::server::conn::http1;
+use hyper::{
+    body::Incoming,
+    http::Request,
+    server::conn::http1,
+    service::{Service as _, service_fn},
+};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::watch,
-    task::{JoinHandle, JoinSet},
+    sync::{oneshot, watch},
+    task::{JoinHandle, JoinSet, yield_now},
     time::{sleep, timeout},
 };
 
@@ -29,10 +39,8 @@ use tokio::{
 const AGAIN: Duration = Duration::from_secs(5);
 /// Before the second attempt, and before anything is said: one of our own listeners may be about to end.
 const A_MOMENT: Duration = Duration::from_millis(100);
-/// Connections at a time, of each listener; the kernel keeps a few more waiting.
-const MAX_CONNECTIONS: usize = 64;
-/// How long a client may take to send its request.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a client may take to send its request. Probes give up after a second or a few.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// How long a connection may last in all.
 const LIFETIME: Duration = Duration::from_secs(30);
 
@@ -89,6 +97,131 @@ pub struct Purpose {
     pub next_step: String,
 }
 
+/// Raises the number of file descriptors that the process may have to what it may raise it to, as Go's runtime does: the
+/// soft limit is 1024 in many places for the sake of programs that use `select`, of which this is none.
+pub fn raise_descriptor_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
+        if soft < hard {
+            setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+        }
+        Ok((soft, hard))
+    });
+    match raised {
+        Ok((soft, hard)) => {
+            tracing::debug!("the limit of open file descriptors is {hard}; the process began with {soft}");
+        }
+        Err(error) => tracing::debug!("the limit of open file descriptors stays as it is: {error}"),
+    }
+}
+
+/// How many file descriptors the process may have.
+pub(super) fn descriptor_limit() -> usize {
+    // It fails for an unknown resource alone.
+    getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| usize::try_from(soft).unwrap_or(usize::MAX))
+}
+
+/// The connections of a listener, or of several that share what there is: never more than a number.
+#[derive(Debug)]
+pub struct Connections {
+    max: usize,
+    max_per_client: usize,
+    open: Mutex<Open>,
+}
+
+#[derive(Debug, Default)]
+struct Open {
+    next: u64,
+    /// Oldest first.
+    by_number: BTreeMap<u64, Connection>,
+}
+
+#[derive(Debug)]
+struct Connection {
+    client: IpAddr,
+    stage: Stage,
+    /// The connection ends when this is dropped.
+    _kept: oneshot::Sender<()>,
+}
+
+/// What a connection is about. Those that wait for their client can be displaced, the first kind before the second.
+/// Those that do not are left alone: what makes an answer may run on without anybody to have it, beyond any bound.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Stage {
+    /// The request has not come yet.
+    Reading,
+    /// The answer is on its way.
+    Sending,
+    /// The answer is made.
+    Answering,
+}
+
+impl Connections {
+    /// Room for `max` connections, of which one client address has `max_per_client` at most. A loopback address may have
+    /// half of all: kubelet, Prometheus and whoever logs in there share it.
+    #[must_use]
+    pub fn new(max: usize, max_per_client: usize) -> Arc<Self> {
+        Arc::new(Self { max, max_per_client, open: Mutex::default() })
+    }
+
+    /// A place for a connection from `client`, and what is closed when it has to give it up. A client that has all it may
+    /// have displaces one of its own, when there is no room at all it is anybody's. None if that cannot be.
+    fn admit(self: &Arc<Self>, client: IpAddr) -> Option<(Place, oneshot::Receiver<()>)> {
+        let client = client.to_canonical();
+        let max_per_client = if client.is_loopback() { self.max / 2 } else { self.max_per_client };
+        let mut open = self.open();
+        let own = open.by_number.values().filter(|connection| connection.client == client).count();
+        if own >= max_per_client {
+            open.displace(|connection| connection.client == client)?;
+        } else if open.by_number.len() >= self.max {
+            open.displace(|_| true)?;
+        }
+        let number = open.next;
+        open.next += 1;
+        let (_kept, displaced) = oneshot::channel();
+        open.by_number.insert(number, Connection { client, stage: Stage::Reading, _kept });
+        drop(open);
+        Some((Place { connections: Arc::clone(self), number }, displaced))
+    }
+
+    /// Every change is one call of the map: a panic cannot leave half of it behind.
+    fn open(&self) -> MutexGuard<'_, Open> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Open {
+    fn displace(&mut self, among: impl Fn(&Connection) -> bool) -> Option<()> {
+        let (_, number) = self
+            .by_number
+            .iter()
+            .filter(|(_, connection)| connection.stage < Stage::Answering && among(connection))
+            .map(|(number, connection)| (connection.stage, *number))
+            .min()?;
+        self.by_number.remove(&number).map(drop)
+    }
+}
+
+/// A connection's place among [`Connections`], free again when this is dropped.
+#[derive(Debug)]
+struct Place {
+    connections: Arc<Connections>,
+    number: u64,
+}
+
+impl Place {
+    fn enter(&self, stage: Stage) {
+        if let Some(connection) = self.connections.open().by_number.get_mut(&self.number) {
+            connection.stage = stage;
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.connections.open().by_number.remove(&self.number);
+    }
+}
+
 /// A listener with its connections. Both end when this is dropped.
 #[derive(Debug)]
 pub struct Server {
@@ -98,9 +231,14 @@ pub struct Server {
 
 impl Server {
     /// Answers on `address` with `routes`, as soon as the address can be had: one that is taken is reported once and tried
-    /// again. To be called within a runtime.
+    /// again. Its connections are among `connections`. To be called within a runtime.
     #[must_use]
-    pub fn start(address: SocketAddr, purpose: Purpose, routes: Router) -> Self {
+    pub fn start(
+        address: SocketAddr,
+        purpose: Purpose,
+        routes: Router,
+        connections: Arc<Connections>,
+    ) -> Self {
         let (sender, bound) = watch::channel(None);
         let task = tokio::spawn(async move {
             let mut failures = 0_u64;
@@ -128,7 +266,7 @@ impl Server {
                 tracing::info!("{} listens on {address} now", purpose.subject);
             }
             sender.send_replace(listener.local_addr().ok());
-            serve(&listener, &routes).await;
+            serve(&listener, &routes, &connections).await;
         });
         Self { task, bound }
     }
@@ -180,14 +318,23 @@ fn listener(address: SocketAddr) -> io::Result<TcpListener> {
     TcpListener::from_std(socket.into())
 }
 
-async fn serve(listener: &TcpListener, routes: &Router) {
-    let mut connections = JoinSet::new();
+async fn serve(listener: &TcpListener, routes: &Router, connections: &Arc<Connections>) {
+    let mut tasks = JoinSet::new();
     loop {
         tokio::select! {
-            Some(_) = connections.join_next() => {}
-            accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => match accepted {
-                Ok((stream, _)) => {
-                    connections.spawn(answer(stream, routes.clone()));
+            // First, so that the set does not grow while there is always another client.
+            biased;
+            Some(_) = tasks.join_next() => {}
+            accepted = listener.accept() => match accepted {
+                Ok((stream, client)) => {
+                    if let Some((place, displaced)) = connections.admit(client.ip()) {
+                        tasks.spawn(answer(stream, routes.clone(), place, displaced));
+                    } else {
+                        tracing::debug!("a connection of {client} was closed at once: there are too many");
+                    }
+                    // A request that has come with its connection is read before the next client can displace it, and
+                    // what is displaced is closed before there is more of it.
+                    yield_now().await;
                 }
                 // The client has gone again, or there is no file descriptor for it.
                 Err(error) => {
@@ -199,26 +346,44 @@ async fn serve(listener: &TcpListener, routes: &Router) {
     }
 }
 
-async fn answer(stream: TcpStream, routes: Router) {
+async fn answer(stream: TcpStream, routes: Router, place: Place, displaced: oneshot::Receiver<()>) {
+    let routes = TowerToHyperService::new(routes);
+    let service = service_fn(|request: Request<Incoming>| {
+        place.enter(Stage::Answering);
+        let response = routes.call(request);
+        async {
+            let response = response.await;
+            place.enter(Stage::Sending);
+            response
+        }
+    });
     let connection = http1::Builder::new()
         .keep_alive(false)
         .half_close(true)
         .timer(TokioTimer::new())
         .header_read_timeout(PATIENCE)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
-    match timeout(LIFETIME, connection).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::debug!("a connection broke off: {error}"),
-        Err(_) => tracing::debug!("a connection took too long"),
+        .serve_connection(TokioIo::new(stream), service);
+    tokio::select! {
+        ended = timeout(LIFETIME, connection) => match ended {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!("a connection broke off: {error}"),
+            Err(_) => tracing::debug!("a connection took too long"),
+        },
+        _ = displaced => tracing::debug!("a connection that waited for its client made room for another"),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::net::IpAddr;
+    use std::{collections::VecDeque, net::IpAddr};
 
     use axum::routing::get;
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::TcpSocket,
+        sync::oneshot::error::TryRecvError,
+        time::Instant,
+    };
 
     use super::*;
 
@@ -240,7 +405,8 @@ mod tests {
     }
 
     async fn started(address: &str) -> (Server, SocketAddr) {
-        let mut server = Server::start(address.parse().unwrap(), purpose(), routes());
+        let mut server =
+            Server::start(address.parse().unwrap(), purpose(), routes(), Connections::new(64, 4));
         let bound = server.bound().await.unwrap();
         (server, bound)
     }
@@ -303,21 +469,195 @@ mod tests {
     async fn an_address_that_is_taken_is_had_once_it_is_free() {
         let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = taken.local_addr().unwrap();
-        let mut server = Server::start(address, purpose(), routes());
+        let mut server = Server::start(address, purpose(), routes(), Connections::new(64, 4));
         assert!(timeout(Duration::from_millis(300), server.bound()).await.is_err());
         drop(taken);
         assert_eq!(timeout(Duration::from_secs(30), server.bound()).await, Ok(Some(address)));
         assert!(say(address, REQUEST).await.ends_with("hello"));
     }
 
-    #[tokio::test]
-    async fn clients_that_say_nothing_are_sent_away_and_keep_nobody_out_for_long() {
-        let (_server, bound) = started("127.0.0.1:0").await;
-        let mut silent = Vec::new();
-        for _ in 0..MAX_CONNECTIONS + 16 {
-            silent.push(TcpStream::connect(bound).await.unwrap());
+    /// A connection that comes from `source`.
+    async fn connect(source: [u8; 4], address: SocketAddr) -> TcpStream {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind((Ipv4Addr::from(source), 0).into()).unwrap();
+        socket.connect(address).await.unwrap()
+    }
+
+    /// Asks again and again from 127.0.0.1 while clients that say nothing come from `sources`, one after the other, as fast
+    /// as they can. Returns the longest wait.
+    async fn wait_amid_silent_clients(sources: &'static [u8]) -> Duration {
+        let (_server, bound) = started("0.0.0.0:0").await;
+        let bound = SocketAddr::from((Ipv4Addr::LOCALHOST, bound.port()));
+        let (tell, mut told) = watch::channel(0);
+        let silent = tokio::spawn(async move {
+            let mut open = VecDeque::new();
+            for source in sources.iter().cycle() {
+                open.push_back(connect([127, 0, 1, *source], bound).await);
+                // Bounded, as the descriptors of a test are; more than there is room for at the server, and in its queue.
+                if open.len() > 300 {
+                    open.pop_front();
+                }
+                tell.send_modify(|count| *count += 1);
+            }
+        });
+        told.wait_for(|count| *count >= 300).await.unwrap();
+        let mut longest = Duration::ZERO;
+        for _ in 0..50 {
+            let begin = Instant::now();
+            let answer = timeout(Duration::from_secs(10), say(bound, REQUEST)).await.unwrap();
+            assert!(answer.ends_with("hello"), "{answer:?}");
+            longest = longest.max(begin.elapsed());
         }
-        let answer = timeout(Duration::from_secs(60), say(bound, REQUEST)).await.unwrap();
-        assert!(answer.ends_with("hello"), "{answer}");
+        assert!(!silent.is_finished());
+        silent.abort();
+        longest
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_probe_is_answered_soon_though_one_address_sends_clients_that_say_nothing() {
+        let wait = wait_amid_silent_clients(&[2]).await;
+        assert!(wait < Duration::from_secs(1), "{wait:?}");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_probe_is_answered_soon_though_many_addresses_send_clients_that_say_nothing() {
+        const SOURCES: [u8; 200] = {
+            let mut sources = [0; 200];
+            let mut n = 0_u8;
+            while n < 200 {
+                sources[n as usize] = n + 1;
+                n += 1;
+            }
+            sources
+        };
+        let wait = wait_amid_silent_clients(&SOURCES).await;
+        assert!(wait < Duration::from_secs(1), "{wait:?}");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_does_not_send_its_request_in_time_is_sent_away() {
+        let (_server, bound) = started("127.0.0.1:0").await;
+        let mut slow = TcpStream::connect(bound).await.unwrap();
+        let begin = Instant::now();
+        let mut rest = Vec::new();
+        let drip = async {
+            loop {
+                // What is said now and then is not a request either.
+                if slow.write_all(b"G").await.is_err() {
+                    break;
+                }
+                if let Ok(read) = timeout(Duration::from_millis(100), slow.read_to_end(&mut rest)).await {
+                    drop(read);
+                    break;
+                }
+            }
+        };
+        timeout(Duration::from_secs(20), drip).await.unwrap();
+        assert!(begin.elapsed() >= PATIENCE, "{:?}", begin.elapsed());
+    }
+
+    fn client(n: u8) -> IpAddr {
+        Ipv4Addr::new(192, 0, 2, n).into()
+    }
+
+    fn is_displaced((_, displaced): &mut (Place, oneshot::Receiver<()>)) -> bool {
+        displaced.try_recv() == Err(TryRecvError::Closed)
+    }
+
+    #[test]
+    fn a_client_with_all_it_may_have_displaces_its_own_oldest_and_nobody_elses() {
+        let connections = Connections::new(8, 2);
+        let mut other = connections.admit(client(1)).unwrap();
+        let mut own: Vec<_> = (0..3).map(|_| connections.admit(client(2)).unwrap()).collect();
+        assert!(!is_displaced(&mut other));
+        assert_eq!(own.iter_mut().map(is_displaced).collect::<Vec<_>>(), [true, false, false]);
+        // The same client, as a listener of both families sees it.
+        let mapped = IpAddr::V6(Ipv4Addr::new(192, 0, 2, 2).to_ipv6_mapped());
+        own.push(connections.admit(mapped).unwrap());
+        assert_eq!(own.iter_mut().map(is_displaced).collect::<Vec<_>>(), [true, true, false, false]);
+    }
+
+    #[test]
+    fn without_room_the_oldest_that_waits_for_its_client_goes_those_without_a_request_first() {
+        let connections = Connections::new(3, 3);
+        let mut open: Vec<_> = (0..3).map(|n| connections.admit(client(n)).unwrap()).collect();
+        open[0].0.enter(Stage::Answering);
+        open[1].0.enter(Stage::Sending);
+        for (displaced, newcomer) in [(2, 3), (1, 4)] {
+            open.push(connections.admit(client(newcomer)).unwrap());
+            open.last().unwrap().0.enter(Stage::Answering);
+            assert!(is_displaced(&mut open[displaced]));
+        }
+        assert_eq!(open.iter_mut().map(is_displaced).collect::<Vec<_>>(), [false, true, true, false, false]);
+        // Nobody waits for a client: the newcomer has to go.
+        assert!(connections.admit(client(5)).is_none());
+        drop(open.swap_remove(0));
+        assert!(connections.admit(client(5)).is_some());
+    }
+
+    #[test]
+    fn a_place_is_free_once_its_connection_has_ended_displaced_or_not() {
+        let connections = Connections::new(2, 2);
+        let open: Vec<_> = (0..5).map(|n| connections.admit(client(n)).unwrap()).collect();
+        assert_eq!(connections.open().by_number.len(), 2);
+        drop(open);
+        assert_eq!(connections.open().by_number.len(), 0);
+    }
+
+    #[test]
+    fn loopback_addresses_may_have_half_of_all() {
+        let connections = Connections::new(8, 1);
+        let mut open: Vec<_> =
+            (0..5).map(|_| connections.admit(Ipv4Addr::LOCALHOST.into()).unwrap()).collect();
+        assert_eq!(open.iter_mut().filter_map(|place| is_displaced(place).then_some(())).count(), 1);
+    }
+
+    #[tokio::test]
+    async fn listeners_that_share_connections_have_no_more_together() {
+        let connections = Connections::new(4, 4);
+        let mut bound = Vec::new();
+        let mut servers: Vec<_> = (0..3)
+            .map(|_| {
+                let any = (Ipv4Addr::LOCALHOST, 0).into();
+                Server::start(any, purpose(), routes(), Arc::clone(&connections))
+            })
+            .collect();
+        for server in &mut servers {
+            bound.push(server.bound().await.unwrap());
+        }
+        let mut silent = Vec::new();
+        for n in 0..12 {
+            silent.push(connect([127, 0, 1, n + 1], bound[usize::from(n % 3)]).await);
+        }
+        for address in &bound {
+            assert!(say(*address, REQUEST).await.ends_with("hello"));
+        }
+        assert!(connections.open().by_number.len() <= 4);
+        // Displaced, all but four, long before they would have been sent away for their silence.
+        let mut closed = 0;
+        for stream in &mut silent {
+            let mut rest = Vec::new();
+            if timeout(Duration::from_millis(20), stream.read_to_end(&mut rest)).await.is_ok() {
+                closed += 1;
+            }
+        }
+        assert!(closed >= 8, "{closed}");
+        drop(servers);
+        let none = async {
+            while !connections.open().by_number.is_empty() {
+                yield_now().await;
+            }
+        };
+        timeout(Duration::from_secs(10), none).await.unwrap();
+    }
+
+    #[test]
+    fn the_process_may_have_as_many_descriptors_as_it_can_raise_the_limit_to() {
+        let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        // One less is enough for the other tests, which have the same limit.
+        setrlimit(Resource::RLIMIT_NOFILE, soft.min(hard - 1), hard).unwrap();
+        raise_descriptor_limit();
+        assert_eq!(getrlimit(Resource::RLIMIT_NOFILE).unwrap(), (hard, hard));
+        assert_eq!(descriptor_limit(), usize::try_from(hard).unwrap());
     }
 }

@@ -21,13 +21,13 @@ use serde_json::ser::PrettyFormatter;
 
 use super::{
     health::Health,
-    listen::{Purpose, Server},
+    listen::{Connections, Purpose, Server, descriptor_limit},
 };
 use crate::{
     catalog::Catalog,
     model::{
-        Family, NodeName, ObjectId, ObjectName, Problem, Service, ServiceType, Severity, Subject,
-        TrafficPolicy,
+        Family, NodeName, ObjectId, ObjectName, Problem, ProblemKind, Service, ServiceType, Severity,
+        Subject, TrafficPolicy,
     },
 };
 
@@ -36,13 +36,28 @@ const FIELD: &str = "spec.healthCheckNodePort";
 /// A load balancer that weighs nodes reads this rather than the body (kube-proxy since 1.28).
 const WEIGHT: HeaderName = HeaderName::from_static("x-load-balancing-endpoint-weight");
 
+/// Ports that are listened on, at most: a file descriptor each. The API server takes them from its range for node ports,
+/// which has 2768 unless somebody has made it larger.
+const MAX_PORTS: usize = 4096;
+/// The part of the process's file descriptors that may be listeners, at most. The rest is for connections, and for what
+/// matters more: watches, netlink, maps, links.
+const DESCRIPTOR_SHARE: usize = 4;
+/// Connections at a time, of all ports together.
+const MAX_CONNECTIONS: usize = 256;
+/// Of which one client address has so many at most: a load balancer asks for every Service from the same.
+const MAX_CONNECTIONS_PER_CLIENT: usize = 64;
+
 /// By port: whose it is, and how many pods of it take new conversations on this node.
 pub type HealthCheckPorts = BTreeMap<u16, (ObjectName, usize)>;
 
 /// The ports that `node` has to answer on. The API server gives every Service another one; of those that have the same,
-/// as manifests may, the oldest gets it, and the others are reported.
+/// as manifests may, the oldest gets it, and the others are reported. So are those for which there are too many.
 #[must_use]
 pub fn health_check_ports(catalog: &Catalog, node: &NodeName) -> (HealthCheckPorts, Vec<Problem>) {
+    assign_ports(catalog, node, MAX_PORTS.min(descriptor_limit() / DESCRIPTOR_SHARE))
+}
+
+fn assign_ports(catalog: &Catalog, node: &NodeName, max_ports: usize) -> (HealthCheckPorts, Vec<Problem>) {
     let mut asking: Vec<(u16, &Service)> = catalog
         .services()
         .filter(|service| {
@@ -56,7 +71,21 @@ pub fn health_check_ports(catalog: &Catalog, node: &NodeName) -> (HealthCheckPor
     });
     let (mut ports, mut problems) = (HealthCheckPorts::new(), Vec::new());
     for (port, service) in asking {
+        let full = ports.len() >= max_ports;
         match ports.entry(port) {
+            Entry::Vacant(_) if full => {
+                let subject = Subject::Object(ObjectId::Service(service.name.clone()));
+                let reason = format!(
+                    "is one too many: this node answers on the ports of the {max_ports} oldest Services, so load balancers cannot \
+                     ask for this one"
+                );
+                let next_step = format!(
+                    "use externalTrafficPolicy Cluster where nothing asks; the agent answers on up to {MAX_PORTS} ports, and on \
+                     one for every {DESCRIPTOR_SHARE} file descriptors that its hard limit (RLIMIT_NOFILE) allows"
+                );
+                let problem = Problem::new(Severity::Warning, subject, reason, next_step);
+                problems.push(problem.in_field(FIELD, port.to_string()).of_kind(ProblemKind::Unsupported));
+            }
             Entry::Vacant(entry) => {
                 entry.insert((service.name.clone(), local_endpoints(catalog, &service.name, node)));
             }
@@ -99,6 +128,8 @@ pub struct ServiceHealth {
     /// Where to listen; every address, but in tests.
     address: IpAddr,
     ports: BTreeMap<u16, Port>,
+    /// Of all ports together.
+    connections: Arc<Connections>,
 }
 
 #[derive(Debug)]
@@ -126,8 +157,13 @@ impl Asked {
 impl ServiceHealth {
     /// Listens nowhere yet.
     #[must_use]
-    pub const fn new(health: Health) -> Self {
-        Self { health, address: IpAddr::V6(Ipv6Addr::UNSPECIFIED), ports: BTreeMap::new() }
+    pub fn new(health: Health) -> Self {
+        Self {
+            health,
+            address: IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+            ports: BTreeMap::new(),
+            connections: Connections::new(MAX_CONNECTIONS, MAX_CONNECTIONS_PER_CLIENT),
+        }
     }
 
     /// Listens on these ports, and no others, from now on. Those that stay are not interrupted. A port that is taken is
@@ -139,7 +175,8 @@ impl ServiceHealth {
                 Entry::Occupied(entry) => entry.get().asked.service().clone_from(service),
                 Entry::Vacant(entry) => {
                     let address = SocketAddr::new(self.address, *number);
-                    entry.insert(Port::open(address, service.clone(), self.health.clone()));
+                    let (health, connections) = (self.health.clone(), Arc::clone(&self.connections));
+                    entry.insert(Port::open(address, service.clone(), health, connections));
                 }
             }
         }
@@ -147,7 +184,12 @@ impl ServiceHealth {
 }
 
 impl Port {
-    fn open(address: SocketAddr, service: (ObjectName, usize), health: Health) -> Self {
+    fn open(
+        address: SocketAddr,
+        service: (ObjectName, usize),
+        health: Health,
+        connections: Arc<Connections>,
+    ) -> Self {
         let purpose = Purpose {
             subject: format!("Service {}: {FIELD}", service.0),
             next_step: "load balancers do not send to this node until it can: see who has the port with `ss -ltnp`, and end that, \
@@ -157,7 +199,7 @@ impl Port {
         let asked = Arc::new(Asked { service: Mutex::new(service), health });
         // Whatever the path and the method.
         let routes = Router::new().fallback(answer).with_state(Arc::clone(&asked));
-        Self { asked, server: Server::start(address, purpose, routes) }
+        Self { asked, server: Server::start(address, purpose, routes, connections) }
     }
 }
 
@@ -313,6 +355,34 @@ mod tests {
                  older: load balancers cannot ask for this one; give it another port"
             );
         }
+    }
+
+    #[test]
+    fn the_oldest_services_have_the_ports_there_can_be_and_the_others_are_told() {
+        let mut catalog = Catalog::default();
+        for (name, port, created) in
+            [("young", 30_001, 9), ("older", 30_002, 2), ("oldest", 30_003, 1), ("same", 30_003, 8)]
+        {
+            let created = Some(CreationTime(created));
+            catalog.apply(Service { created, ..balanced(name, port) }.into());
+        }
+        let node = NodeName::new("node1");
+        let (ports, problems) = assign_ports(&catalog, &node, 2);
+        let expected = BTreeMap::from([(30_002, (mk_name("older"), 0)), (30_003, (mk_name("oldest"), 0))]);
+        assert_eq!(ports, expected);
+        let [same, young] = &problems[..] else { panic!("{problems:?}") };
+        assert!(same.to_string().contains("is that of Service default/oldest as well"), "{same}");
+        assert_eq!(young.kind, ProblemKind::Unsupported);
+        assert_eq!(
+            young.to_string(),
+            "Service default/young: spec.healthCheckNodePort \"30001\" is one too many: this node answers on the ports of the 2 \
+             oldest Services, so load balancers cannot ask for this one; use externalTrafficPolicy Cluster where nothing asks; \
+             the agent answers on up to 4096 ports, and on one for every 4 file descriptors that its hard limit \
+             (RLIMIT_NOFILE) allows"
+        );
+        // Room again.
+        let (ports, problems) = assign_ports(&catalog, &node, 3);
+        assert_eq!((ports.len(), problems.len()), (3, 1));
     }
 
     fn healthy() -> Health {
