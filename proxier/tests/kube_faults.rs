@@ -77,7 +77,7 @@ impl Rig {
             self.server.apply(service(number, round)).unwrap();
             self.server.apply(slice(number, round)).unwrap();
         }
-        let (comes, goes) = if round % 2 == 0 { (6, 7) } else { (7, 6) };
+        let (comes, goes) = if round.is_multiple_of(2) { (6, 7) } else { (7, 6) };
         self.server.apply(service(comes, round)).unwrap();
         self.server.apply(slice(comes, round)).unwrap();
         let _ = self.server.delete("Service", "default", &format!("s{goes}"));
