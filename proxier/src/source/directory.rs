@@ -226,15 +226,19 @@ impl Directory {
         }
 
         let mut objects = BTreeMap::new();
+        let mut ignored = Vec::new();
         for (id, (object, place)) in first {
             if let Object::Service(service) = object
                 && let Some(problem) = self.deselected(service, place)
             {
-                problems.push(problem);
+                // What else is wrong with it is the business of whoever it is left to.
+                problems.retain(|other| other.subject != problem.subject);
+                ignored.push(problem);
             } else {
                 objects.insert(id, object.clone());
             }
         }
+        problems.extend(ignored);
         problems.sort();
         problems.dedup();
         (objects, problems)

@@ -21,7 +21,7 @@ use kube::{
 use proxier::{
     catalog::Catalog,
     desired::{Desired, DesiredService, ServiceKey, Settings, compute},
-    model::{Family, NodeName, ObjectId, ObjectName},
+    model::{Family, NodeName, ObjectId, ObjectName, Problem},
     source::{
         Batch, Event, Onlooker,
         kube::{self as source, Options, Timing},
@@ -273,6 +273,8 @@ pub(crate) struct Observer {
     pub(crate) away: Arc<Away>,
     pub(crate) catalog: Catalog,
     pub(crate) settings: Settings,
+    /// What the source says is wrong.
+    pub(crate) problems: Vec<Problem>,
     /// Everything that was ever said to be gone.
     pub(crate) deleted: Vec<ObjectId>,
     /// How many batches came.
@@ -283,11 +285,17 @@ impl Observer {
     pub(crate) async fn start(options: &Options, node: &str) -> Self {
         let server = source::server(options).await.unwrap();
         let away = Arc::new(Away::default());
+        Self::of(source::spawn(&server, options, away.clone()).unwrap(), away, node)
+    }
+
+    /// Of any source.
+    pub(crate) fn of(batches: mpsc::Receiver<Batch>, away: Arc<Away>, node: &str) -> Self {
         Self {
-            batches: source::spawn(&server, options, away.clone()).unwrap(),
+            batches,
             away,
             catalog: Catalog::default(),
             settings: Settings::new(NodeName::new(node)),
+            problems: Vec::new(),
             deleted: Vec::new(),
             heard: 0,
         }
@@ -295,6 +303,12 @@ impl Observer {
 
     pub(crate) fn absorb(&mut self, batch: Batch) {
         self.heard += 1;
+        if let Some(problems) = batch.problems {
+            self.problems = problems;
+        }
+        if let Some(addresses) = batch.api_server {
+            self.settings.api_server_addresses = addresses;
+        }
         for event in batch.events {
             match event {
                 Event::Apply(object) => {
