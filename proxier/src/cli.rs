@@ -57,7 +57,8 @@ struct Cli {
         help_heading = "Logging"
     )]
     log_format: LogFormat,
-    /// What is logged: error, warn, info, debug, trace, or levels by module (info,proxier::source=debug)
+    /// What is logged: error, warn, info, debug, trace, or levels by module (info,proxier::source=debug); the client
+    /// library of the Kubernetes API only if it is named (info,kube_client=debug)
     #[arg(
         long,
         global = true,

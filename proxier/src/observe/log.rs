@@ -5,11 +5,6 @@ use std::io;
 use anyhow::Context as _;
 use tracing_subscriber::{EnvFilter, filter::ParseError};
 
-/// What kube tells of every attempt to reach an API server, the agent tells itself: once for an outage, with what to do. What it
-/// says of certificates is told by nobody else.
-const TOLD_BY_THE_AGENT: &str =
-    "kube_client::client=off,kube_client::client::tls=warn,kube_runtime::watcher=off";
-
 /// How log lines are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum LogFormat {
@@ -20,13 +15,18 @@ pub enum LogFormat {
     Json,
 }
 
+/// Libraries that log what this agent logs itself, once and with what to do, at every attempt and as errors. They are silent
+/// unless the filter names them. What kube says of certificates is told by nobody else.
+const SILENT: &str = "kube_client=off,kube_client::client::tls=warn,kube_runtime=off,hyper=off,hyper_util=off,rustls=off,\
+                      tower=off,tower_http=off";
+
 /// Checks a filter without setting it up.
 ///
 /// # Errors
 ///
 /// What to write instead.
 pub fn check(filter: &str) -> Result<String, String> {
-    match parse(filter) {
+    match EnvFilter::try_new(filter) {
         Ok(_) => Ok(filter.to_owned()),
         Err(_) => Err("write error, warn, info, debug or trace, or levels by module, such as \
                        info,proxier::source=debug"
@@ -34,12 +34,8 @@ pub fn check(filter: &str) -> Result<String, String> {
     }
 }
 
-/// The filter that `text` asks for. What it says of a module counts, also of one that is quiet otherwise.
-fn parse(text: &str) -> Result<EnvFilter, ParseError> {
-    EnvFilter::try_new(format!("{TOLD_BY_THE_AGENT},{text}"))
-}
-
-/// Starts logging what `filter` lets through: a level (`debug`) or levels by module (`info,proxier::source=debug`).
+/// Starts logging what `filter` lets through: a level (`debug`) or levels by module (`info,proxier::source=debug`). Libraries
+/// that would repeat what the agent says are left out unless they are named (`info,kube_client=debug`).
 ///
 /// # Errors
 ///
@@ -55,6 +51,11 @@ pub fn init(format: LogFormat, filter: &str) -> anyhow::Result<()> {
         LogFormat::Json => builder.json().flatten_event(true).init(),
     }
     Ok(())
+}
+
+fn parse(filter: &str) -> Result<EnvFilter, ParseError> {
+    // Of two directives for a target the later counts.
+    EnvFilter::try_new(format!("{SILENT},{filter}"))
 }
 
 #[cfg(test)]
@@ -79,36 +80,41 @@ mod tests {
         }
     }
 
-    /// Which of a few lines are logged.
-    fn logged(filter: &str) -> Vec<&'static str> {
+    /// Which of some events a filter lets through.
+    fn passed(filter: &str) -> String {
         let lines = Lines::default();
         let writer = lines.clone();
         let subscriber = tracing_subscriber::fmt()
             .with_env_filter(parse(filter).unwrap())
             .with_writer(move || writer.clone())
+            .without_time()
+            .with_ansi(false)
+            .with_target(false)
+            .with_level(false)
             .finish();
         tracing::subscriber::with_default(subscriber, || {
-            tracing::info!(target: "proxier::app", "[ready]");
-            tracing::error!(target: "kube_client::client::builder", "[attempt]");
-            tracing::warn!(target: "kube_client::client", "[stream]");
-            tracing::warn!(target: "kube_client::client::tls", "[certificates]");
-            tracing::warn!(target: "kube_runtime::watcher", "[watch]");
+            tracing::error!(target: "kube_client::client::builder", "client");
+            tracing::warn!(target: "kube_client::client::tls", "certificates");
+            tracing::warn!(target: "kube_runtime::watcher", "runtime");
+            tracing::info!(target: "proxier::app", "ours");
+            tracing::debug!(target: "proxier::source::kube", "detail");
         });
-        let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
-        let all = ["[ready]", "[attempt]", "[stream]", "[certificates]", "[watch]"];
-        all.into_iter().filter(|line| text.contains(line)).collect()
+        let text = lines.0.lock().unwrap().clone();
+        String::from_utf8(text).unwrap().split_whitespace().collect::<Vec<_>>().join(" ")
     }
 
     #[test]
-    fn attempts_to_reach_the_api_server_are_told_by_the_agent_and_not_by_kube() {
-        assert_eq!(logged("info"), ["[ready]", "[certificates]"]);
-        assert_eq!(logged("error"), ["[certificates]"]);
-        assert_eq!(logged("debug"), ["[ready]", "[certificates]"]);
+    fn libraries_that_repeat_what_the_agent_says_are_silent_unless_they_are_named() {
+        assert_eq!(passed("info"), "certificates ours");
+        assert_eq!(passed("debug"), "certificates ours detail");
+        assert_eq!(passed("info,kube_client=debug"), "client certificates ours");
+        assert_eq!(passed("warn,kube_client::client=error,kube_runtime=warn"), "client certificates runtime");
+        assert_eq!(passed("info,proxier::source=debug"), "certificates ours detail");
     }
 
     #[test]
-    fn kube_is_heard_if_the_filter_names_it() {
-        let all = logged("info,kube_client::client=info,kube_runtime::watcher=info");
-        assert_eq!(all, ["[ready]", "[attempt]", "[stream]", "[certificates]", "[watch]"]);
+    fn what_is_no_filter_is_refused() {
+        assert!(check("info,proxier::source=debug").is_ok());
+        assert!(check("info,proxier=loud").is_err());
     }
 }

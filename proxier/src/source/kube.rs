@@ -13,7 +13,7 @@ use std::{
     time::SystemTime,
 };
 
-use anyhow::Context as _;
+use anyhow::{anyhow, bail};
 use k8s_openapi::{
     api::{
         core::v1::{Node, Service},
@@ -24,14 +24,14 @@ use k8s_openapi::{
 use kube::{
     Api, Client, Config, Resource,
     client::ClientBuilder,
-    config::{KubeConfigOptions, Kubeconfig},
+    config::{KubeConfigOptions, Kubeconfig, KubeconfigError},
     runtime::watcher,
 };
 use tokio::sync::mpsc;
 
 use self::{
     batches::{Pending, Update},
-    failure::Failure,
+    failure::{Failure, chain},
     follow::{Follower, Id, follow, id},
     link::Link,
     standing::Reporter,
@@ -102,33 +102,76 @@ const TRIGGER_TIME_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigg
 ///
 /// # Errors
 ///
-/// There is no kubeconfig or ServiceAccount, or it cannot be read.
+/// There is no kubeconfig or ServiceAccount, or it cannot be used.
 pub async fn server(options: &Options) -> anyhow::Result<Server> {
-    let context = KubeConfigOptions { context: options.context.clone(), ..KubeConfigOptions::default() };
-    let mut config = match &options.kubeconfig {
-        Some(path) => {
-            let kubeconfig = Kubeconfig::read_from(path)
-                .with_context(|| format!("the kubeconfig {} cannot be read: name another one with --kubeconfig", path.display()))?;
-            Config::from_custom_kubeconfig(kubeconfig, &context)
-                .await
-                .with_context(|| format!("the kubeconfig {} cannot be used", path.display()))?
-        }
-        None if options.context.is_some() => Config::from_kubeconfig(&context)
-            .await
-            .context("the kubeconfig that kubectl would use has no such --context, or cannot be used")?,
-        None if std::env::var_os("KUBERNETES_SERVICE_HOST").is_some() => Config::incluster().context(
-            "the ServiceAccount of this pod cannot be used: automountServiceAccountToken must not be false",
-        )?,
-        None => Config::infer().await.context(
-            "no API server is known: this is no pod, and there is no kubeconfig that kubectl would use; give --kubeconfig",
-        )?,
+    let names_none = options.kubeconfig.is_none() && options.context.is_none();
+    let mut config = if names_none && std::env::var_os("KUBERNETES_SERVICE_HOST").is_some() {
+        Config::incluster().map_err(|error| {
+            anyhow!(
+                "the ServiceAccount of this pod cannot be used: {}: the pod needs automountServiceAccountToken: true",
+                chain(&error)
+            )
+        })?
+    } else {
+        from_kubeconfig(options).await?
     };
+    // Nobody would be trusted, and every connection fail with a message about the server's certificate.
+    if config.root_cert.as_ref().is_some_and(Vec::is_empty) {
+        bail!(
+            "the certificate authority for the API server {} has no certificate in it: write one in PEM form",
+            url(&config)
+        );
+    }
     // Pauses are `follow`'s business, which lets the source say what is going on.
     config.default_retry = false;
     config.read_timeout = Some(options.timing.silence);
     config.reset_reader_on_write = true;
     let addresses = addresses(&config).await;
     Ok(Server { config, addresses })
+}
+
+async fn from_kubeconfig(options: &Options) -> anyhow::Result<Config> {
+    let (name, read, next_step) = match &options.kubeconfig {
+        Some(path) => (
+            format!("the kubeconfig {}", path.display()),
+            Kubeconfig::read_from(path),
+            "name another one with --kubeconfig",
+        ),
+        None => ("the kubeconfig that kubectl would use".to_owned(), Kubeconfig::read(), "give --kubeconfig"),
+    };
+    let kubeconfig = read.map_err(|error| {
+        let why = match &error {
+            KubeconfigError::ReadConfig(error, path) if options.kubeconfig.is_none() => {
+                format!("{}: {error}", path.display())
+            }
+            KubeconfigError::ReadConfig(error, _) => error.to_string(),
+            error => chain(error),
+        };
+        let why = format!("{name} cannot be read: {why}: {next_step}");
+        if options.kubeconfig.is_none() && options.context.is_none() {
+            anyhow!("no API server is known: this is no pod, and {why}")
+        } else {
+            anyhow!(why)
+        }
+    })?;
+    let contexts: Vec<_> = kubeconfig.contexts.iter().map(|context| context.name.as_str()).collect();
+    let contexts = if contexts.is_empty() { "none".to_owned() } else { contexts.join(", ") };
+    let context = KubeConfigOptions { context: options.context.clone(), ..KubeConfigOptions::default() };
+    let config = Config::from_custom_kubeconfig(kubeconfig, &context).await;
+    config.map_err(|error| match error {
+        KubeconfigError::LoadContext(context) => {
+            anyhow!("{name} has no context {context}: name one that it has ({contexts}) with --context")
+        }
+        KubeconfigError::CurrentContextNotSet => {
+            anyhow!("{name} has no current context: name one that it has ({contexts}) with --context")
+        }
+        error => anyhow!("{name} cannot be used: {}: correct it, or {next_step}", chain(&error)),
+    })
+}
+
+/// For people: without the slash that every URL ends with.
+fn url(config: &Config) -> String {
+    config.cluster_url.to_string().trim_end_matches('/').to_owned()
 }
 
 impl Server {
@@ -138,13 +181,14 @@ impl Server {
     ///
     /// As [`spawn`].
     pub fn client(&self) -> anyhow::Result<Client> {
-        Client::try_from(self.config.clone()).with_context(|| self.unusable())
+        Client::try_from(self.config.clone()).map_err(|error| self.unusable(&error))
     }
 
-    fn unusable(&self) -> String {
-        format!(
-            "no connection to the API server {} can be set up: check the certificates and keys in the kubeconfig",
-            self.config.cluster_url
+    fn unusable(&self, error: &kube::Error) -> anyhow::Error {
+        anyhow!(
+            "no connection to the API server {} can be set up: {}: check the certificates and keys in the kubeconfig",
+            url(&self.config),
+            chain(error)
         )
     }
 }
@@ -179,13 +223,14 @@ pub fn spawn(
     onlooker: Arc<dyn Onlooker>,
 ) -> anyhow::Result<mpsc::Receiver<Batch>> {
     let timing = options.timing;
-    let reporter = Reporter::new(&server.config.cluster_url.to_string(), &RESOURCES, onlooker);
+    let reporter = Reporter::new(&url(&server.config), &RESOURCES, onlooker);
     let client = |resource| {
         let accepted = {
             let reporter = reporter.clone();
             move || reporter.accepted(resource)
         };
-        let client = ClientBuilder::try_from(server.config.clone()).with_context(|| server.unusable())?;
+        let client =
+            ClientBuilder::try_from(server.config.clone()).map_err(|error| server.unusable(&error))?;
         anyhow::Ok(client.with_layer(&Link::new(timing, accepted)).build())
     };
     let ours = format!("{SERVICE_PROXY_NAME_LABEL}={}", options.service_proxy_name);

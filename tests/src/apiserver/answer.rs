@@ -102,6 +102,7 @@ pub(super) fn faulty(kind: Kind, target: &Target<'_>, code: StatusCode, right: S
         Kind::Forbidden => {
             status(&Status::forbidden(USER, target.resource, target.verb, target.namespace, target.name))
         }
+        Kind::NotFound => page_not_found(),
         Kind::TooManyRequests { retry_after } => {
             let message = "Too many requests, please try again later.\n";
             let mut response = text(StatusCode::TOO_MANY_REQUESTS, "text/plain; charset=utf-8", message);

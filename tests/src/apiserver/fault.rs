@@ -50,6 +50,8 @@ pub enum Kind {
     Unauthorized,
     /// HTTP 403.
     Forbidden,
+    /// HTTP 404, as of an API group that is not served, or of something that is no API server.
+    NotFound,
     /// HTTP 429, as priority and fairness answers: `Retry-After` and a body that is no JSON.
     TooManyRequests {
         /// Seconds.
@@ -93,9 +95,10 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind, with parameters that a test can wait for.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Unauthorized,
         Self::Forbidden,
+        Self::NotFound,
         Self::TooManyRequests { retry_after: 1 },
         Self::InternalError,
         Self::Unavailable,

@@ -217,6 +217,7 @@ impl Watch {
             // These are answers in place of the stream.
             Kind::Unauthorized
             | Kind::Forbidden
+            | Kind::NotFound
             | Kind::TooManyRequests { .. }
             | Kind::InternalError
             | Kind::Unavailable

@@ -64,6 +64,15 @@ fn answers_of_refusal_are_those_of_the_real_server() {
 }
 
 #[test]
+fn what_is_not_served_is_not_found_in_go_s_words() {
+    let server = server_failing(Kind::NotFound);
+    let answer = get(&server, SERVICES);
+    assert_eq!((answer.code, answer.content_type()), (404, "text/plain; charset=utf-8"));
+    assert_eq!(answer.rest().0, b"404 page not found\n");
+    assert_over(&server);
+}
+
+#[test]
 fn too_many_requests_say_when_to_come_back_and_nothing_in_json() {
     let server = server_failing(Kind::TooManyRequests { retry_after: 7 });
     let answer = get(&server, SERVICES);

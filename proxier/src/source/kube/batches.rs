@@ -93,7 +93,7 @@ impl Pending {
                     let Ok(permit) = permit else { return };
                     permit.send(self.take());
                 }
-                _ = turn.tick() => reporter.onlooker().turned(),
+                _ = turn.tick() => reporter.turned(),
             }
         }
     }

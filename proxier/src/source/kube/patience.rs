@@ -6,6 +6,9 @@ use std::time::Duration;
 use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 use tokio::time::Instant;
 
+/// A server that asks to be left alone for longer is asked again all the same.
+pub(super) const LONGEST_WAIT: Duration = Duration::from_secs(60);
+
 /// How often an API server is asked, and how long it may be silent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timing {

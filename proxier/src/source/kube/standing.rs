@@ -5,11 +5,14 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use super::failure::Failure;
 use crate::source::Onlooker;
+
+/// Different things that are said of one outage: a server's own words may have numbers in them that change every time.
+const MOST_SAID: usize = 8;
 
 /// Told of every success and failure of every watch.
 #[derive(Clone)]
@@ -19,20 +22,82 @@ pub(super) struct Reporter {
     server: Arc<str>,
 }
 
+/// How long all watches must have gone well before it is said that they do: one that is accepted may break at once.
+const STEADY: Duration = Duration::from_secs(3);
+/// How long a watch must have gone well for what is said of its next failure to be news.
+const FORGOTTEN: Duration = Duration::from_secs(60);
+
 #[derive(Debug)]
 struct Outage {
     began: Instant,
-    /// Failures of each watch since it was accepted last. A watch that never was has one from the start.
-    failures: BTreeMap<&'static str, u32>,
+    watches: BTreeMap<&'static str, Watch>,
     /// What has been said of this outage.
     told: BTreeSet<String>,
-    /// Whether the server has ever accepted all of them.
+    /// Whether it has been said that it is over.
+    told_over: bool,
+    /// Whether the server has ever accepted all watches.
     connected_before: bool,
 }
 
+#[derive(Clone, Copy, Debug)]
+struct Watch {
+    /// Since when it goes well.
+    accepted: Option<Instant>,
+    /// How often it has failed since it went well for long.
+    failures: u32,
+}
+
 impl Outage {
-    fn is_over(&self) -> bool {
-        self.failures.values().all(|count| *count == 0)
+    /// Since when all watches go well.
+    fn over_since(&self) -> Option<Instant> {
+        self.watches
+            .values()
+            .map(|watch| watch.accepted)
+            .try_fold(self.began, |since, accepted| Some(since.max(accepted?)))
+    }
+
+    /// A watch has failed for `reason`. Returns whether that is worth a line.
+    fn failed(&mut self, resource: &'static str, reason: &str, now: Instant) -> bool {
+        if let Some(since) = self.over_since() {
+            self.began = now;
+            if now.duration_since(since) > FORGOTTEN {
+                self.told.clear();
+            }
+        }
+        let watch = self.watches.entry(resource).or_insert(Watch { accepted: None, failures: 0 });
+        if watch.accepted.is_some_and(|accepted| now.duration_since(accepted) > FORGOTTEN) {
+            watch.failures = 0;
+        }
+        watch.accepted = None;
+        watch.failures += 1;
+        let is_news =
+            watch.failures > 1 && self.told.len() < MOST_SAID && self.told.insert(reason.to_owned());
+        self.told_over &= !is_news;
+        is_news
+    }
+
+    /// The server has accepted a watch. Returns whether it has accepted all of them for the first time.
+    fn accepted(&mut self, resource: &'static str, now: Instant) -> bool {
+        let watch = self.watches.entry(resource).or_insert(Watch { accepted: None, failures: 0 });
+        watch.accepted = Some(now);
+        if self.over_since().is_none() || self.connected_before {
+            return false;
+        }
+        self.connected_before = true;
+        self.told_over = true;
+        // From here on each may fail once, as at any other time.
+        self.watches.values_mut().for_each(|watch| watch.failures = 0);
+        true
+    }
+
+    /// Returns how long it took, if it is over and that has not been said.
+    fn ended(&mut self, now: Instant) -> Option<Duration> {
+        let since = self.over_since()?;
+        if self.told_over || now.duration_since(since) < STEADY {
+            return None;
+        }
+        self.told_over = true;
+        Some(since.duration_since(self.began))
     }
 }
 
@@ -45,10 +110,13 @@ impl fmt::Debug for Reporter {
 impl Reporter {
     /// Of watches of these `resources`, none of which has been accepted.
     pub(super) fn new(server: &str, resources: &[&'static str], onlooker: Arc<dyn Onlooker>) -> Self {
+        // Whoever starts the agent is waiting: the first failure is worth a line.
+        let watch = Watch { accepted: None, failures: 1 };
         let outage = Outage {
             began: Instant::now(),
-            failures: resources.iter().map(|resource| (*resource, 1)).collect(),
+            watches: resources.iter().map(|resource| (*resource, watch)).collect(),
             told: BTreeSet::new(),
+            told_over: true,
             connected_before: false,
         };
         Self { onlooker, outage: Arc::new(Mutex::new(outage)), server: server.into() }
@@ -68,18 +136,16 @@ impl Reporter {
     pub(super) fn failed(&self, resource: &'static str, failure: &Failure) {
         let Failure { kind, reason, .. } = failure;
         self.onlooker.failed(resource, kind, reason);
-        let mut outage = self.outage();
-        if outage.is_over() {
-            outage.began = Instant::now();
-        }
-        let failures = outage.failures.entry(resource).or_default();
-        *failures += 1;
+        let (is_news, connected_before) = {
+            let mut outage = self.outage();
+            (outage.failed(resource, reason, Instant::now()), outage.connected_before)
+        };
         let server = &*self.server;
-        if *failures > 1 && outage.told.insert(reason.clone()) {
-            let meanwhile = if outage.connected_before {
+        if is_news {
+            let meanwhile = if connected_before {
                 "meanwhile everything stays as it is"
             } else {
-                "nothing is changed before it answers"
+                "before that is mended nothing is changed"
             };
             tracing::warn!(resource, "the API server {server} {reason}; {meanwhile}");
         } else {
@@ -90,19 +156,17 @@ impl Reporter {
     /// The server has accepted a watch of `resource`.
     pub(super) fn accepted(&self, resource: &'static str) {
         self.onlooker.connected(resource);
-        let mut outage = self.outage();
-        outage.failures.insert(resource, 0);
-        if !outage.is_over() {
-            return;
+        if self.outage().accepted(resource, Instant::now()) {
+            tracing::info!("connected to the API server {}", self.server);
         }
-        let server = &*self.server;
-        if !std::mem::replace(&mut outage.connected_before, true) {
-            tracing::info!("connected to the API server {server}");
-        } else if !outage.told.is_empty() {
-            let away_seconds = outage.began.elapsed().as_secs();
-            tracing::info!(away_seconds, "the API server {server} answers again");
+    }
+
+    /// To be called every few seconds.
+    pub(super) fn turned(&self) {
+        self.onlooker.turned();
+        if let Some(away) = self.outage().ended(Instant::now()) {
+            tracing::info!(away_seconds = away.as_secs(), "the API server {} answers again", self.server);
         }
-        outage.told.clear();
     }
 }
 
@@ -130,33 +194,82 @@ mod tests {
         fn turned(&self) {}
     }
 
+    fn reporter(onlooker: &Arc<Remembering>) -> Reporter {
+        Reporter::new("https://192.0.2.1", &["services", "nodes"], onlooker.clone())
+    }
+
     #[test]
-    fn an_outage_lasts_from_the_first_failure_until_every_watch_is_accepted() {
+    fn who_looks_on_is_told_of_every_failure_and_success() {
         let onlooker = Arc::new(Remembering::default());
-        let reporter = Reporter::new("https://192.0.2.1", &["services", "nodes"], onlooker.clone());
+        let reporter = reporter(&onlooker);
         let failure = Failure {
             kind: "connection",
             reason: "is asleep".to_owned(),
             start_over: false,
             retry_after: None,
         };
-        assert!(!reporter.outage().is_over());
-        reporter.accepted("services");
-        assert!(!reporter.outage().is_over() && !reporter.outage().connected_before);
-        reporter.accepted("nodes");
-        assert!(reporter.outage().is_over() && reporter.outage().connected_before);
-        // One attempt is not worth a line; the next is.
         reporter.failed("services", &failure);
-        assert!(reporter.outage().told.is_empty());
-        reporter.failed("services", &failure);
-        reporter.failed("nodes", &failure);
-        reporter.failed("nodes", &failure);
-        assert_eq!(reporter.outage().told.len(), 1);
         assert_eq!(onlooker.0.lock().unwrap()["services"], "is asleep");
         reporter.accepted("services");
-        assert!(!reporter.outage().is_over());
-        reporter.accepted("nodes");
-        assert!(reporter.outage().is_over() && reporter.outage().told.is_empty());
         assert!(onlooker.0.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn the_first_failure_of_an_agent_is_said_and_once_for_all_watches() {
+        let reporter = reporter(&Arc::default());
+        let (mut outage, now) = (reporter.outage(), Instant::now());
+        assert!(outage.failed("services", "is asleep", now));
+        assert!(!outage.failed("services", "is asleep", now));
+        assert!(!outage.failed("nodes", "is asleep", now));
+        assert!(outage.failed("nodes", "is ill", now));
+        assert!(!outage.accepted("nodes", now));
+        assert!(outage.accepted("services", now), "now all are");
+        assert!(!outage.accepted("services", now), "that is no news");
+        assert_eq!(outage.ended(now + STEADY), None, "connected is as much as well again");
+    }
+
+    #[test]
+    fn an_outage_lasts_from_the_first_failure_until_every_watch_has_gone_well_for_a_while() {
+        let reporter = reporter(&Arc::default());
+        let mut outage = reporter.outage();
+        let at = |seconds| Instant::now() + Duration::from_secs(seconds);
+        outage.accepted("services", at(0));
+        outage.accepted("nodes", at(0));
+        // One attempt is not worth a line; the next is.
+        outage.watches.values_mut().for_each(|watch| watch.failures = 0);
+        assert!(!outage.failed("services", "is asleep", at(100)));
+        assert!(outage.failed("services", "is asleep", at(101)));
+        assert!(!outage.accepted("services", at(110)));
+        assert_eq!(outage.ended(at(111)), None);
+        assert_eq!(outage.ended(at(114)).map(|away| away.as_secs()), Some(10));
+        assert_eq!(outage.ended(at(120)), None, "said already");
+    }
+
+    #[test]
+    fn a_watch_that_breaks_whenever_it_is_accepted_is_said_once_and_not_said_to_be_well() {
+        let reporter = reporter(&Arc::default());
+        let mut outage = reporter.outage();
+        let at = |seconds| Instant::now() + Duration::from_secs(seconds);
+        outage.accepted("nodes", at(0));
+        let mut lines = 0;
+        for round in 0..100 {
+            outage.accepted("services", at(round * 30));
+            lines += u32::from(outage.failed("services", "talks nonsense", at(round * 30 + 1)));
+            assert_eq!(outage.ended(at(round * 30 + 5)), None);
+        }
+        assert_eq!(lines, 1);
+        outage.accepted("services", at(3000));
+        assert!(outage.ended(at(3005)).is_some());
+        // After a time of peace the same is news again.
+        assert!(!outage.failed("services", "talks nonsense", at(4000)));
+        assert!(outage.failed("services", "talks nonsense", at(4001)));
+    }
+
+    #[test]
+    fn a_server_whose_words_change_every_time_does_not_fill_the_log() {
+        let reporter = reporter(&Arc::default());
+        let lines = (0..1000)
+            .filter(|n| reporter.outage().failed("services", &format!("request {n} failed"), Instant::now()));
+        assert_eq!(lines.count(), MOST_SAID);
     }
 }
