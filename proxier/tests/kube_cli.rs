@@ -172,7 +172,9 @@ fn a_token_that_does_not_count_yet_is_tried_until_it_does() {
 #[test]
 fn what_is_forbidden_is_named_with_the_role_that_is_missing() {
     is_said_until_mended(
-        |lab| drop(lab.server.inject(Fault::new(Kind::Forbidden).of(Resource::EndpointSlices))),
+        |lab| {
+            lab.server.inject(Fault::new(Kind::Forbidden).of(Resource::EndpointSlices));
+        },
         &[
             "refuses with 403: endpointslices.discovery.k8s.io is forbidden: User \"system:serviceaccount:",
             "give this ServiceAccount (or user) a ClusterRole with list and watch of endpointslices: deploy/ has one",
@@ -193,7 +195,9 @@ fn where_nothing_listens_it_is_tried_until_something_does() {
 #[test]
 fn a_server_without_endpoint_slices_is_told_apart_from_one_without_them_yet() {
     is_said_until_mended(
-        |lab| drop(lab.server.inject(Fault::new(Kind::NotFound).of(Resource::EndpointSlices))),
+        |lab| {
+            lab.server.inject(Fault::new(Kind::NotFound).of(Resource::EndpointSlices));
+        },
         &[
             "refuses with 404: 404 page not found; this server has no endpointslices",
             "Kubernetes 1.21 or later",
@@ -205,7 +209,9 @@ fn a_server_without_endpoint_slices_is_told_apart_from_one_without_them_yet() {
 #[test]
 fn a_web_page_is_not_taken_for_an_answer() {
     is_said_until_mended(
-        |lab| drop(lab.server.inject(Fault::new(Kind::Html))),
+        |lab| {
+            lab.server.inject(Fault::new(Kind::Html));
+        },
         &["answers what cannot be understood", "check that the address is an API server's, and what proxies"],
         |lab| lab.server.heal(),
     );
