@@ -22,7 +22,10 @@ use super::{
     Observed,
     notices::{Kind, Notice},
 };
-use crate::model::{NodeName, ObjectName};
+use crate::{
+    model::{NodeName, ObjectName},
+    source::kube::words,
+};
 
 /// Who tells, on every node.
 const CONTROLLER: &str = "proxier.io/agent";

@@ -49,6 +49,7 @@ mod link;
 mod patience;
 mod standing;
 
+pub(crate) use self::failure::words;
 pub use self::patience::Timing;
 
 /// What the command line says about this source.

@@ -10,6 +10,9 @@ use super::patience::LONGEST_WAIT;
 /// More of an answer than this nobody reads.
 const MAX_WORDS: usize = 300;
 
+/// The [`Failure::kind`] of a resourceVersion that is too old.
+const GONE: &str = "gone";
+
 /// A request or a watch that failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Failure {
@@ -24,6 +27,11 @@ pub(super) struct Failure {
 }
 
 impl Failure {
+    /// Whether this is in the nature of things: the server is well, and has forgotten what was long ago.
+    pub(super) fn is_gone(&self) -> bool {
+        self.kind == GONE
+    }
+
     /// Of a watch of `resource` (its plural).
     pub(super) fn of(error: &watcher::Error, resource: &str) -> Self {
         use watcher::Error;
@@ -71,7 +79,8 @@ fn connection(error: &kube::Error) -> Failure {
 
     if connecting {
         use io::ErrorKind::{
-            ConnectionRefused, HostUnreachable, InvalidData, NetworkUnreachable, TimedOut, UnexpectedEof,
+            BrokenPipe, ConnectionAborted, ConnectionRefused, ConnectionReset, HostUnreachable, InvalidData,
+            NetworkUnreachable, TimedOut, UnexpectedEof,
         };
         let (cause, next_step) = if is_any(&[ConnectionRefused]) {
             (cause, "nothing listens there: check the address, and that the API server runs")
@@ -79,6 +88,8 @@ fn connection(error: &kube::Error) -> Failure {
             ("it does not answer".to_owned(), "check the address, and the routes and firewalls on the way")
         } else if is_any(&[HostUnreachable, NetworkUnreachable]) {
             (cause, "check the address, and the routes and firewalls on the way")
+        } else if is_any(&[ConnectionReset, ConnectionAborted, BrokenPipe]) {
+            (cause, "check that the API server runs, and what load balancers and proxies are on the way")
         } else if is_any(&[InvalidData, UnexpectedEof]) {
             (
                 cause,
@@ -151,7 +162,7 @@ fn status(status: &Status, resource: &str) -> Failure {
             401 => "unauthorized",
             403 => "forbidden",
             404 => "not-found",
-            410 => "gone",
+            410 => GONE,
             429 => "too-many-requests",
             500.. => "server-error",
             _ => "refused",
@@ -172,6 +183,14 @@ fn quote(words: &str) -> String {
     let line: String = words.chars().take(MAX_WORDS).map(printable).collect();
     let line = line.trim_end_matches(['.', ' ']);
     if words.chars().nth(MAX_WORDS).is_some() { format!("{line}...") } else { line.to_owned() }
+}
+
+/// What a request failed with, for a line of the log: the server's words, or why there are none.
+pub(crate) fn words(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => quote(&status.message),
+        error => quote(&causes(error).last().map(ToString::to_string).unwrap_or_default()),
+    }
 }
 
 /// An error and its causes, each once: some of them repeat what is below.

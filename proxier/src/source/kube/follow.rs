@@ -73,6 +73,7 @@ pub(super) async fn follow<K>(
 {
     let mut known = Known::default();
     let mut patience = Patience::new(timing);
+    let mut gone_before = false;
     loop {
         let mut events = pin!(watcher::watcher(api.clone(), config.clone()));
         while let Some(event) = events.next().await {
@@ -84,7 +85,12 @@ pub(super) async fn follow<K>(
                 Err(error) => Failure::of(&error, &K::plural(&())),
             };
             follower.failed(&failure);
-            sleep(failure.retry_after.unwrap_or_default().max(patience.next())).await;
+            // After a long outage the server has forgotten what we know. It is back, so there is nothing to wait for; but one
+            // that says so again and again is not well.
+            let back = failure.is_gone() && !gone_before;
+            gone_before = failure.is_gone();
+            let pause = if back { timing.first_retry } else { patience.next() };
+            sleep(failure.retry_after.unwrap_or_default().max(pause)).await;
             if failure.start_over {
                 break;
             }

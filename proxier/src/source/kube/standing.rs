@@ -45,6 +45,14 @@ struct Watch {
     accepted: Option<Instant>,
     /// How often it has failed since it went well for long.
     failures: u32,
+    /// Whether it failed last because what we knew was too old.
+    gone: bool,
+}
+
+impl Watch {
+    const fn new(failures: u32) -> Self {
+        Self { accepted: None, failures, gone: false }
+    }
 }
 
 impl Outage {
@@ -56,29 +64,34 @@ impl Outage {
             .try_fold(self.began, |since, accepted| Some(since.max(accepted?)))
     }
 
-    /// A watch has failed for `reason`. Returns whether that is worth a line.
-    fn failed(&mut self, resource: &'static str, reason: &str, now: Instant) -> bool {
+    /// A watch has failed. Returns whether that is worth a line.
+    fn failed(&mut self, resource: &'static str, failure: &Failure, now: Instant) -> bool {
         if let Some(since) = self.over_since() {
             self.began = now;
             if now.duration_since(since) > FORGOTTEN {
                 self.told.clear();
             }
         }
-        let watch = self.watches.entry(resource).or_insert(Watch { accepted: None, failures: 0 });
+        let watch = self.watches.entry(resource).or_insert(Watch::new(0));
         if watch.accepted.is_some_and(|accepted| now.duration_since(accepted) > FORGOTTEN) {
             watch.failures = 0;
         }
         watch.accepted = None;
         watch.failures += 1;
-        let is_news =
-            watch.failures > 1 && self.told.len() < MOST_SAID && self.told.insert(reason.to_owned());
+        // That a list is needed after an outage is no trouble; that one is needed after each other is.
+        let is_expected = failure.is_gone() && !watch.gone;
+        watch.gone = failure.is_gone();
+        let is_news = watch.failures > 1
+            && !is_expected
+            && self.told.len() < MOST_SAID
+            && self.told.insert(failure.reason.clone());
         self.told_over &= !is_news;
         is_news
     }
 
     /// The server has accepted a watch. Returns whether it has accepted all of them for the first time.
     fn accepted(&mut self, resource: &'static str, now: Instant) -> bool {
-        let watch = self.watches.entry(resource).or_insert(Watch { accepted: None, failures: 0 });
+        let watch = self.watches.entry(resource).or_insert(Watch::new(0));
         watch.accepted = Some(now);
         if self.over_since().is_none() || self.connected_before {
             return false;
@@ -111,7 +124,7 @@ impl Reporter {
     /// Of watches of these `resources`, none of which has been accepted.
     pub(super) fn new(server: &str, resources: &[&'static str], onlooker: Arc<dyn Onlooker>) -> Self {
         // Whoever starts the agent is waiting: the first failure is worth a line.
-        let watch = Watch { accepted: None, failures: 1 };
+        let watch = Watch::new(1);
         let outage = Outage {
             began: Instant::now(),
             watches: resources.iter().map(|resource| (*resource, watch)).collect(),
@@ -138,7 +151,7 @@ impl Reporter {
         self.onlooker.failed(resource, kind, reason);
         let (is_news, connected_before) = {
             let mut outage = self.outage();
-            (outage.failed(resource, reason, Instant::now()), outage.connected_before)
+            (outage.failed(resource, failure, Instant::now()), outage.connected_before)
         };
         let server = &*self.server;
         if is_news {
@@ -194,6 +207,10 @@ mod tests {
         fn turned(&self) {}
     }
 
+    fn failure(reason: &str) -> Failure {
+        Failure { kind: "connection", reason: reason.to_owned(), start_over: false, retry_after: None }
+    }
+
     fn reporter(onlooker: &Arc<Remembering>) -> Reporter {
         Reporter::new("https://192.0.2.1", &["services", "nodes"], onlooker.clone())
     }
@@ -202,13 +219,7 @@ mod tests {
     fn who_looks_on_is_told_of_every_failure_and_success() {
         let onlooker = Arc::new(Remembering::default());
         let reporter = reporter(&onlooker);
-        let failure = Failure {
-            kind: "connection",
-            reason: "is asleep".to_owned(),
-            start_over: false,
-            retry_after: None,
-        };
-        reporter.failed("services", &failure);
+        reporter.failed("services", &failure("is asleep"));
         assert_eq!(onlooker.0.lock().unwrap()["services"], "is asleep");
         reporter.accepted("services");
         assert!(onlooker.0.lock().unwrap().is_empty());
@@ -218,10 +229,10 @@ mod tests {
     fn the_first_failure_of_an_agent_is_said_and_once_for_all_watches() {
         let reporter = reporter(&Arc::default());
         let (mut outage, now) = (reporter.outage(), Instant::now());
-        assert!(outage.failed("services", "is asleep", now));
-        assert!(!outage.failed("services", "is asleep", now));
-        assert!(!outage.failed("nodes", "is asleep", now));
-        assert!(outage.failed("nodes", "is ill", now));
+        assert!(outage.failed("services", &failure("is asleep"), now));
+        assert!(!outage.failed("services", &failure("is asleep"), now));
+        assert!(!outage.failed("nodes", &failure("is asleep"), now));
+        assert!(outage.failed("nodes", &failure("is ill"), now));
         assert!(!outage.accepted("nodes", now));
         assert!(outage.accepted("services", now), "now all are");
         assert!(!outage.accepted("services", now), "that is no news");
@@ -237,8 +248,8 @@ mod tests {
         outage.accepted("nodes", at(0));
         // One attempt is not worth a line; the next is.
         outage.watches.values_mut().for_each(|watch| watch.failures = 0);
-        assert!(!outage.failed("services", "is asleep", at(100)));
-        assert!(outage.failed("services", "is asleep", at(101)));
+        assert!(!outage.failed("services", &failure("is asleep"), at(100)));
+        assert!(outage.failed("services", &failure("is asleep"), at(101)));
         assert!(!outage.accepted("services", at(110)));
         assert_eq!(outage.ended(at(111)), None);
         assert_eq!(outage.ended(at(114)).map(|away| away.as_secs()), Some(10));
@@ -254,22 +265,33 @@ mod tests {
         let mut lines = 0;
         for round in 0..100 {
             outage.accepted("services", at(round * 30));
-            lines += u32::from(outage.failed("services", "talks nonsense", at(round * 30 + 1)));
+            lines += u32::from(outage.failed("services", &failure("talks nonsense"), at(round * 30 + 1)));
             assert_eq!(outage.ended(at(round * 30 + 5)), None);
         }
         assert_eq!(lines, 1);
         outage.accepted("services", at(3000));
         assert!(outage.ended(at(3005)).is_some());
         // After a time of peace the same is news again.
-        assert!(!outage.failed("services", "talks nonsense", at(4000)));
-        assert!(outage.failed("services", "talks nonsense", at(4001)));
+        assert!(!outage.failed("services", &failure("talks nonsense"), at(4000)));
+        assert!(outage.failed("services", &failure("talks nonsense"), at(4001)));
+    }
+
+    #[test]
+    fn a_list_that_is_needed_after_an_outage_is_no_trouble_of_its_own() {
+        let reporter = reporter(&Arc::default());
+        let (mut outage, now) = (reporter.outage(), Instant::now());
+        let gone = |words: &str| Failure { kind: "gone", ..failure(words) };
+        assert!(outage.failed("services", &failure("is asleep"), now));
+        assert!(!outage.failed("services", &gone("too old: 1"), now));
+        assert!(outage.failed("services", &gone("too old: 2"), now), "lists do not help");
     }
 
     #[test]
     fn a_server_whose_words_change_every_time_does_not_fill_the_log() {
         let reporter = reporter(&Arc::default());
-        let lines = (0..1000)
-            .filter(|n| reporter.outage().failed("services", &format!("request {n} failed"), Instant::now()));
+        let lines = (0..1000).filter(|n| {
+            reporter.outage().failed("services", &failure(&format!("request {n} failed")), Instant::now())
+        });
         assert_eq!(lines.count(), MOST_SAID);
     }
 }
