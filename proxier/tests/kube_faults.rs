@@ -289,7 +289,7 @@ async fn a_server_that_is_away_for_long_changes_nothing_and_neither_does_its_ret
     observer.watch_for(Duration::from_secs(2)).await;
     let away = observer.away.get();
     assert_eq!(away.len(), 4, "{away:?}");
-    assert!(away.values().all(|reason| reason.contains("does not answer")), "{away:?}");
+    assert!(away.values().all(|reason| reason.contains("cannot be reached")), "{away:?}");
     rig.server.up().unwrap();
     observer.watch_for(Duration::from_secs(1)).await;
     assert!(observer.away.get().is_empty());
@@ -335,7 +335,7 @@ async fn what_is_wrong_is_said_with_what_to_do_and_ends_when_it_is_mended() {
     for (kind, says, next_step) in [
         (Kind::Unauthorized, "401: Unauthorized", "check the token"),
         (Kind::Forbidden, "403: services is forbidden: User", "list and watch of services: deploy/ has one"),
-        (Kind::Unavailable, "503", "tried again"),
+        (Kind::Unavailable, "503", "asked again"),
         (Kind::NotJson, "cannot be understood", "check that the address is an API server's"),
         (Kind::Html, "cannot be understood", "check that the address is an API server's"),
     ] {

@@ -166,14 +166,6 @@ impl Publisher {
     }
 }
 
-/// What the API server says, without the Status around it.
-fn words(error: &kube::Error) -> String {
-    match error {
-        kube::Error::Api(answer) => format!("{}: {}", answer.code, answer.message),
-        error => error.to_string(),
-    }
-}
-
 fn event(notice: &Notice, node: &NodeName, now: Timestamp) -> Event {
     let ObjectName { namespace, name } = &notice.service;
     let mut note = notice.note.clone();
@@ -247,7 +239,7 @@ mod tests {
             message: "events.events.k8s.io is forbidden".to_owned(),
             ..kube::core::Status::default()
         };
-        assert_eq!(words(&kube::Error::Api(Box::new(refusal))), "403: events.events.k8s.io is forbidden");
+        assert_eq!(words(&kube::Error::Api(Box::new(refusal))), "events.events.k8s.io is forbidden");
     }
 
     #[test]

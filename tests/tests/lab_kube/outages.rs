@@ -99,7 +99,7 @@ fn its_return_changes_nothing() {
     let before = (tables(&scenario), attempts(&scenario), changes_told(&mut scenario));
     without_loss(&mut scenario, |scenario| {
         server.down().unwrap();
-        wait_for_watches(scenario, Some("does not answer"));
+        wait_for_watches(scenario, Some("cannot be reached"));
         // A watch that is back at the next attempt is not worth a line.
         let told = wait::until(BACK_WITHIN, || {
             assert_live_and_ready(scenario);
@@ -136,7 +136,7 @@ fn what_has_changed_meanwhile_is_caught_up_with() {
     let client = scenario.lab.client.address(moves);
     without_loss(&mut scenario, |scenario| {
         server.down().unwrap();
-        wait_for_watches(scenario, Some("does not answer"));
+        wait_for_watches(scenario, Some("cannot be reached"));
         apply_pods(&server, "moves", &scenario.pod("alpine-2"));
         server.delete("Service", "lab", "leaves").unwrap();
         apply_service(&server, "comes", &[comes]);
