@@ -90,7 +90,8 @@ impl ApiServer {
     ///
     /// No port, descriptor or thread left.
     pub fn start() -> anyhow::Result<Self> {
-        Self::start_on(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("no port on loopback")?)
+        let socket = bound(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), None)?;
+        Self::start_on(listen(&socket).context("no port on loopback")?)
     }
 
     /// Starts on a socket that listens already. [`Self::down`] binds its address again in the namespace of the
@@ -378,8 +379,14 @@ current-context: double
         let mut listening = self.listening.lock().unwrap_or_else(PoisonError::into_inner);
         match std::mem::replace(&mut *listening, Listening::Lost) {
             Listening::Up(serving) => {
+                // While it is still listened on, so that no client can get the port as its own in between. A listener that was
+                // handed in may not allow that.
+                let reserved = bound(self.address, self.namespace.as_ref());
                 drop(serving);
-                *listening = Listening::Down(bound(self.address, self.namespace.as_ref())?);
+                *listening = Listening::Down(match reserved {
+                    Ok(reserved) => reserved,
+                    Err(_) => bound(self.address, self.namespace.as_ref())?,
+                });
                 Ok(())
             }
             other => {
@@ -450,6 +457,8 @@ fn bound(address: SocketAddr, namespace: Option<&fs::File>) -> anyhow::Result<So
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
         // Else connections that were cut would keep it for a minute.
         socket.set_reuse_address(true)?;
+        // To have it again before it is let go.
+        socket.set_reuse_port(true)?;
         socket.bind(&address.into())?;
         Ok(socket)
     };

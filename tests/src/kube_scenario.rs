@@ -39,7 +39,7 @@ pub const BACK_WITHIN: Duration = Duration::from_secs(40);
 #[must_use]
 pub fn prepare(lab: &LabSpec, arguments: &[&str]) -> (ApiServer, Scenario) {
     let mut scenario = Scenario::without_objects(lab, arguments);
-    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 6443));
     let server = ApiServer::start_with_tls_in(&scenario.lab.node.namespace, address)
         .unwrap_or_else(|error| panic!("no API server: {error:#}"));
     let kubeconfig = scenario.path("kubeconfig");

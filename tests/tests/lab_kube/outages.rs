@@ -88,6 +88,13 @@ fn at_once(one: impl FnOnce() + Send, other: impl FnOnce() + Send) {
     });
 }
 
+/// Waits until the agent says that the outage is over: once all has gone well for a while.
+fn wait_for_end(scenario: &mut Scenario) {
+    let agent = scenario.agent();
+    let said = wait::until(BACK_WITHIN, || (lines(&agent.log(), "answers again") > 0).then_some(()));
+    assert!(said.is_some(), "{}", agent.log());
+}
+
 #[test]
 fn a_server_that_is_away_costs_no_packet_and_is_caught_up_with() {
     skip_unless_root!();
@@ -109,13 +116,14 @@ fn its_return_changes_nothing() {
         assert!(told.is_some(), "{}", scenario.agent().log());
         let (code, text) = status(scenario);
         assert_eq!(code, Some(0), "{text}");
-        for resource in ["services", "endpointslices", "nodes", "endpointslices of default/kubernetes"] {
+        for resource in ["services", "endpointslices", "nodes", "apiserver-endpointslices"] {
             let said =
                 text.lines().find(|line| line.starts_with(&format!("  {resource}: away for "))).unwrap();
             assert!(said.contains("onnection refused"), "{said}");
         }
         server.up().unwrap();
         wait_for_watches(scenario, None);
+        wait_for_end(scenario);
         assert_live_and_ready(scenario);
     });
     assert_eq!((tables(&scenario), attempts(&scenario), changes_told(&mut scenario)), before);
@@ -285,6 +293,7 @@ fn a_mistake_is_told_once(
         assert_live_and_ready(scenario);
         right();
         wait_for_watches(scenario, None);
+        wait_for_end(scenario);
     });
     let log = scenario.agent().log();
     assert_eq!((lines(&log, "WARN"), lines(&log, "answers again")), (1, 1), "{log}");
