@@ -7,9 +7,6 @@ use kube::{core::Status, runtime::watcher};
 
 use super::patience::LONGEST_WAIT;
 
-/// [`Failure::kind`] of a server that says nothing.
-const SILENCE: &str = "silence";
-
 /// More of an answer than this nobody reads.
 const MAX_WORDS: usize = 300;
 
@@ -30,11 +27,6 @@ pub(super) struct Failure {
 }
 
 impl Failure {
-    /// Whether the server has said nothing for too long.
-    pub(super) fn is_silence(&self) -> bool {
-        self.kind == SILENCE
-    }
-
     /// Whether this is in the nature of things: the server is well, and has forgotten what was long ago.
     pub(super) fn is_gone(&self) -> bool {
         self.kind == GONE
@@ -111,9 +103,9 @@ fn connection(error: &kube::Error) -> Failure {
     // A server that says nothing, not even bookmarks, may have been put back to an earlier state: it waits for the
     // resourceVersion that we have seen, and what happens until then would never be told.
     if is_any(&[io::ErrorKind::TimedOut]) {
-        let reason = "says nothing any more: asked again, and should it stay silent, everything is listed again; check that it \
-                      runs, and whether something on the way forgets connections";
-        return failure(SILENCE, reason.to_owned(), true);
+        let reason = "says nothing any more: everything is listed again; check that it runs, and whether something on the \
+                      way forgets connections";
+        return failure("silence", reason.to_owned(), true);
     }
     let reason =
         format!("has broken off: {cause}; asked again; check that it runs, and what proxies are on the way");

@@ -74,14 +74,11 @@ pub(super) async fn follow<K>(
     let mut known = Known::default();
     let mut patience = Patience::new(timing);
     let mut gone_before = false;
-    // Whether the server has been silent once, and nothing has come since.
-    let mut silent_before = false;
     loop {
         let mut events = pin!(watcher::watcher(api.clone(), config.clone()));
         while let Some(event) = events.next().await {
             let failure = match event {
                 Ok(event) => {
-                    silent_before = false;
                     tell(event, &mut known, &mut follower).await;
                     continue;
                 }
@@ -94,10 +91,7 @@ pub(super) async fn follow<K>(
             gone_before = failure.is_gone();
             let pause = if back { timing.first_retry } else { patience.next() };
             sleep(failure.retry_after.unwrap_or_default().max(pause)).await;
-            // A silence is most likely that of a connection that has gone, and all nodes that have lost the same server must not
-            // list everything at once: what is known serves to go on. A server that was put back in time is silent again.
-            let serves = failure.is_silence() && !mem::replace(&mut silent_before, true);
-            if failure.start_over && !serves {
+            if failure.start_over {
                 break;
             }
         }
