@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -29,7 +29,7 @@ use crate::cluster::{Observer, TIMING};
 
 const PROXY_NAME: &str = "faults";
 /// How many servers are driven at a time.
-const AT_A_TIME: usize = 12;
+const AT_A_TIME: usize = 24;
 
 /// A server with a few pages of objects, and who watches it.
 struct Rig {
@@ -172,7 +172,10 @@ async fn all<F: Future<Output = ()> + Send + 'static>(runs: impl IntoIterator<It
 const VERBS: [Verb; 3] = [Verb::List, Verb::Continue, Verb::Watch];
 
 fn singly() -> impl Iterator<Item = Fault> {
-    Kind::ALL.into_iter().flat_map(|kind| VERBS.map(|verb| Fault::new(kind).on(verb)))
+    Kind::ALL.into_iter().flat_map(|kind| {
+        let verbs = VERBS.into_iter().filter(move |verb| *verb == Verb::Watch || !kind.is_for_watches_only());
+        verbs.map(move |verb| Fault::new(kind).on(verb))
+    })
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -220,7 +223,7 @@ async fn a_server_that_fails_later_is_followed_through_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_never_gets_well_is_not_asked_more_than_its_pauses_allow() {
-    const WATCHED: Duration = Duration::from_secs(3);
+    const WATCHED: Duration = Duration::from_secs(2);
     all(singly().map(|fault| async move {
         // Those are as good as well.
         if matches!(fault.kind(), Kind::Drip { .. } | Kind::Duplicates) {
@@ -231,8 +234,11 @@ async fn a_server_that_never_gets_well_is_not_asked_more_than_its_pauses_allow()
         let what = format!("{fault} for ever");
         rig.converge(&mut observer, &what).await;
         rig.server.inject(fault);
+        // What the watches know is too old when they come back: lists are needed.
+        rig.server.down().unwrap();
+        rig.change(1);
         rig.server.compact();
-        rig.server.cut_watches();
+        rig.server.up().unwrap();
         let before = rig.server.requests().len();
         let start = Instant::now();
         observer.watch_for(WATCHED).await;
@@ -242,7 +248,7 @@ async fn a_server_that_never_gets_well_is_not_asked_more_than_its_pauses_allow()
         let attempts = 8 + start.elapsed().as_millis() / last_retry.as_millis();
         assert!(asked as u128 <= 4 * 5 * attempts, "{what}: asked {asked} times in {:?}", start.elapsed());
         rig.server.heal();
-        rig.change(1);
+        rig.change(2);
         rig.converge(&mut observer, &what).await;
         assert_anchors_stayed(&observer, &what);
     }))
@@ -315,6 +321,50 @@ async fn a_server_that_goes_back_in_time_is_followed_there() {
         rig.converge(&mut observer, &format!("after the restore, {future:?}")).await;
         assert_anchors_stayed(&observer, "restore");
     }
+}
+
+/// What was lost is not told by the events after it.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_event_that_cannot_be_read_is_not_lost() {
+    for kind in [Kind::LostAsOtherShape, Kind::LostAsNotJson] {
+        let rig = Rig::new();
+        let mut observer = rig.observe().await;
+        rig.converge(&mut observer, "start").await;
+        let id = rig.server.inject(Fault::new(kind).of(Resource::Services).times(1));
+        rig.server.apply(service(3, 1)).unwrap();
+        rig.server.apply(service(4, 1)).unwrap();
+        rig.converge(&mut observer, &format!("{kind:?}")).await;
+        assert_eq!(rig.server.hits(id), 1);
+        assert_anchors_stayed(&observer, "a list");
+    }
+}
+
+/// The header is all that says for how long.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_busy_server_is_left_alone_for_as_long_as_it_asks() {
+    let pause = Duration::from_secs(1);
+    assert!(TIMING.last_retry * 2 < pause);
+    let rig = Rig::new();
+    let mut observer = rig.observe().await;
+    rig.converge(&mut observer, "start").await;
+    rig.server.inject(Fault::new(Kind::TooManyRequests { retry_after: 1 }));
+    rig.server.cut_watches();
+    observer.watch_for(pause * 7 / 2).await;
+    let mut refused = BTreeMap::<String, Vec<Instant>>::new();
+    for request in rig.server.requests().iter().filter(|request| request.status == Some(429)) {
+        refused.entry(request.path.clone()).or_default().push(request.at);
+    }
+    assert_eq!(refused.len(), 4, "{refused:?}");
+    for (path, times) in refused {
+        assert!(times.len() > 1, "{path} is not asked for again");
+        for pair in times.windows(2) {
+            // The server's clock starts a little before ours.
+            assert!(pair[1] - pair[0] > pause * 9 / 10, "{path}: after {:?}", pair[1] - pair[0]);
+        }
+    }
+    rig.server.heal();
+    rig.change(1);
+    rig.converge(&mut observer, "afterwards").await;
 }
 
 /// Waits until a watch says why it fails.

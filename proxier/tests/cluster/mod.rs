@@ -43,7 +43,7 @@ pub(crate) const TIMING: Timing = Timing {
     first_retry: Duration::from_millis(20),
     last_retry: Duration::from_millis(200),
     calm: Duration::from_secs(2),
-    silence: Duration::from_millis(1500),
+    silence: Duration::from_millis(1000),
 };
 
 /// Where objects live.

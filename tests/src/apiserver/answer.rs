@@ -135,7 +135,9 @@ pub(super) fn faulty(kind: Kind, target: &Target<'_>, code: StatusCode, right: S
         }
         Kind::Drip { piece, pause } => broken(right.len(), drip(&right, piece, pause).collect()),
         // Of watches, and there in the stream.
-        Kind::GoneInStream | Kind::Duplicates => broken(right.len(), vec![Part::Bytes(right)]),
+        Kind::GoneInStream | Kind::Duplicates | Kind::LostAsOtherShape | Kind::LostAsNotJson => {
+            broken(right.len(), vec![Part::Bytes(right)])
+        }
     })
 }
 

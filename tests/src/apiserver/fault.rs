@@ -89,13 +89,17 @@ pub enum Kind {
         /// Between two of them.
         pause: Duration,
     },
+    /// An event arrives as JSON of another shape, and is lost. Watches only, and not before there is one.
+    LostAsOtherShape,
+    /// The same, as no JSON.
+    LostAsNotJson,
     /// An ADDED of long ago once more, and from then on every event twice. Watches only.
     Duplicates,
 }
 
 impl Kind {
     /// Every kind, with parameters that a test can wait for.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 19] = [
         Self::Unauthorized,
         Self::Forbidden,
         Self::NotFound,
@@ -112,6 +116,8 @@ impl Kind {
         Self::OtherShape,
         Self::Html,
         Self::Drip { piece: 64, pause: Duration::from_millis(1) },
+        Self::LostAsOtherShape,
+        Self::LostAsNotJson,
         Self::Duplicates,
     ];
 
@@ -130,8 +136,25 @@ impl Kind {
         )
     }
 
-    fn is_for_watches_only(self) -> bool {
-        matches!(self, Self::GoneInStream | Self::Duplicates)
+    fn moment_of_watches(self) -> Moment {
+        if self.is_of_an_event() {
+            Moment::Event
+        } else if self.is_in_stream() {
+            Moment::Stream
+        } else {
+            Moment::Request
+        }
+    }
+
+    /// Whether it happens to an event in the stream of a watch.
+    fn is_of_an_event(self) -> bool {
+        matches!(self, Self::LostAsOtherShape | Self::LostAsNotJson)
+    }
+
+    /// Whether nothing else can fail like this.
+    #[must_use]
+    pub fn is_for_watches_only(self) -> bool {
+        matches!(self, Self::GoneInStream | Self::Duplicates) || self.is_of_an_event()
     }
 }
 
@@ -265,6 +288,8 @@ pub(super) enum Moment {
     Request,
     /// While a watch is open.
     Stream,
+    /// When a watch is about to send an event.
+    Event,
 }
 
 #[derive(Debug)]
@@ -312,7 +337,7 @@ impl Faults {
         let (index, armed) = self.all.iter_mut().enumerate().find(|(index, armed)| {
             let Fault { kind, resource: of, verb: on, times } = armed.fault;
             let fits_moment = if verb == Verb::Watch {
-                kind.is_in_stream() == (moment == Moment::Stream)
+                moment == kind.moment_of_watches()
             } else {
                 !kind.is_for_watches_only()
             };

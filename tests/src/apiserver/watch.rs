@@ -145,7 +145,7 @@ impl Watch {
         }
         let Options { resource, .. } = self.options;
         let changes: Vec<Change> = state.store.changes_after(resource, self.position).collect();
-        let lines: Vec<String> = changes.iter().filter_map(|change| self.line(change)).collect();
+        let mut lines: Vec<String> = changes.iter().filter_map(|change| self.line(change)).collect();
         while !self.ended
             && let Some((id, kind)) = state.faults.take(resource, Verb::Watch, Moment::Stream, &self.met)
         {
@@ -154,6 +154,12 @@ impl Watch {
         }
         if self.ended {
             return;
+        }
+        if let Some(line) = lines.first_mut()
+            && let Some((id, kind)) = state.faults.take(resource, Verb::Watch, Moment::Event, &self.met)
+        {
+            self.met.push(id);
+            *line = if kind == Kind::LostAsNotJson { NOT_JSON } else { OTHER_SHAPE }.to_owned();
         }
         for line in lines {
             if self.twice {
@@ -223,7 +229,10 @@ impl Watch {
             | Kind::Unavailable
             | Kind::Gone
             | Kind::Silence
-            | Kind::Html => {}
+            | Kind::Html
+            // These are of events.
+            | Kind::LostAsOtherShape
+            | Kind::LostAsNotJson => {}
         }
     }
 

@@ -73,6 +73,20 @@ fn what_is_not_served_is_not_found_in_go_s_words() {
 }
 
 #[test]
+fn an_event_that_is_lost_is_the_first_there_is_and_no_other() {
+    for kind in [Kind::LostAsOtherShape, Kind::LostAsNotJson] {
+        let server = server_failing(kind);
+        let mut watch = open_watch(&server);
+        touch(&server, "a", "lost");
+        let line = watch.line().unwrap();
+        assert!(!line.contains("lost"), "{line}");
+        touch(&server, "a", "found");
+        assert_eq!(watch.change().0, "MODIFIED");
+        assert_over(&server);
+    }
+}
+
+#[test]
 fn too_many_requests_say_when_to_come_back_and_nothing_in_json() {
     let server = server_failing(Kind::TooManyRequests { retry_after: 7 });
     let answer = get(&server, SERVICES);

@@ -73,7 +73,9 @@ pub(super) async fn follow<K>(
 {
     let mut known = Known::default();
     let mut patience = Patience::new(timing);
-    let mut gone_before = false;
+    // After a long outage the server has forgotten what we know. It is back, so there is no more to wait for than after any
+    // first failure; but one that says so again and again is not well either.
+    let mut gone_patience = Patience::new(timing);
     loop {
         let mut events = pin!(watcher::watcher(api.clone(), config.clone()));
         while let Some(event) = events.next().await {
@@ -85,11 +87,7 @@ pub(super) async fn follow<K>(
                 Err(error) => Failure::of(&error, &K::plural(&())),
             };
             follower.failed(&failure);
-            // After a long outage the server has forgotten what we know. It is back, so there is nothing to wait for; but one
-            // that says so again and again is not well.
-            let back = failure.is_gone() && !gone_before;
-            gone_before = failure.is_gone();
-            let pause = if back { timing.first_retry } else { patience.next() };
+            let pause = if failure.is_gone() { gone_patience.next() } else { patience.next() };
             sleep(failure.retry_after.unwrap_or_default().max(pause)).await;
             if failure.start_over {
                 break;

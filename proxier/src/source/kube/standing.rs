@@ -22,6 +22,8 @@ pub(super) struct Reporter {
     server: Arc<str>,
 }
 
+/// So many failures in a row are worth a line even if no two in a row are of one kind.
+const MOST_KINDS: u32 = 3;
 /// How long all watches must have gone well before it is said that they do: one that is accepted may break at once.
 const STEADY: Duration = Duration::from_secs(3);
 /// How long a watch must have gone well for what is said of its next failure to be news.
@@ -43,16 +45,16 @@ struct Outage {
 struct Watch {
     /// Since when it goes well.
     accepted: Option<Instant>,
-    /// How often it has failed since it went well for long.
+    /// How it failed last.
+    kind: &'static str,
+    /// How often it has failed like that since it went well for long.
     failures: u32,
-    /// Whether it failed last because what we knew was too old.
-    gone: bool,
+    /// The same, whatever the kind.
+    all_failures: u32,
 }
 
 impl Watch {
-    const fn new(failures: u32) -> Self {
-        Self { accepted: None, failures, gone: false }
-    }
+    const NEW: Self = Self { accepted: None, kind: "", failures: 0, all_failures: 0 };
 }
 
 impl Outage {
@@ -72,34 +74,33 @@ impl Outage {
                 self.told.clear();
             }
         }
-        let watch = self.watches.entry(resource).or_insert(Watch::new(0));
+        let watch = self.watches.entry(resource).or_insert(Watch::NEW);
         if watch.accepted.is_some_and(|accepted| now.duration_since(accepted) > FORGOTTEN) {
-            watch.failures = 0;
+            *watch = Watch::NEW;
         }
         watch.accepted = None;
-        watch.failures += 1;
-        // That a list is needed after an outage is no trouble; that one is needed after each other is.
-        let is_expected = failure.is_gone() && !watch.gone;
-        watch.gone = failure.is_gone();
-        let is_news = watch.failures > 1
-            && !is_expected
-            && self.told.len() < MOST_SAID
-            && self.told.insert(failure.reason.clone());
+        watch.failures = if watch.kind == failure.kind { watch.failures + 1 } else { 1 };
+        watch.kind = failure.kind;
+        watch.all_failures += 1;
+        // Whoever starts the agent is waiting. Later, once is no trouble: a server that starts again refuses everybody for a
+        // second, and one that is back after long has forgotten what we know.
+        let is_trouble = !self.connected_before
+            || watch.failures > 1
+            || (self.told.is_empty() && watch.all_failures > MOST_KINDS);
+        let is_news = is_trouble && self.told.len() < MOST_SAID && self.told.insert(failure.reason.clone());
         self.told_over &= !is_news;
         is_news
     }
 
     /// The server has accepted a watch. Returns whether it has accepted all of them for the first time.
     fn accepted(&mut self, resource: &'static str, now: Instant) -> bool {
-        let watch = self.watches.entry(resource).or_insert(Watch::new(0));
+        let watch = self.watches.entry(resource).or_insert(Watch::NEW);
         watch.accepted = Some(now);
         if self.over_since().is_none() || self.connected_before {
             return false;
         }
         self.connected_before = true;
         self.told_over = true;
-        // From here on each may fail once, as at any other time.
-        self.watches.values_mut().for_each(|watch| watch.failures = 0);
         true
     }
 
@@ -123,11 +124,9 @@ impl fmt::Debug for Reporter {
 impl Reporter {
     /// Of watches of these `resources`, none of which has been accepted.
     pub(super) fn new(server: &str, resources: &[&'static str], onlooker: Arc<dyn Onlooker>) -> Self {
-        // Whoever starts the agent is waiting: the first failure is worth a line.
-        let watch = Watch::new(1);
         let outage = Outage {
             began: Instant::now(),
-            watches: resources.iter().map(|resource| (*resource, watch)).collect(),
+            watches: resources.iter().map(|resource| (*resource, Watch::NEW)).collect(),
             told: BTreeSet::new(),
             told_over: true,
             connected_before: false,
@@ -239,15 +238,24 @@ mod tests {
         assert_eq!(outage.ended(now + STEADY), None, "connected is as much as well again");
     }
 
+    /// Whose watches have been accepted.
+    fn connected() -> Reporter {
+        let reporter = reporter(&Arc::default());
+        for resource in ["services", "nodes"] {
+            reporter.outage().accepted(resource, Instant::now());
+        }
+        reporter
+    }
+
+    fn at(seconds: u64) -> Instant {
+        Instant::now() + Duration::from_secs(seconds)
+    }
+
     #[test]
     fn an_outage_lasts_from_the_first_failure_until_every_watch_has_gone_well_for_a_while() {
-        let reporter = reporter(&Arc::default());
+        let reporter = connected();
         let mut outage = reporter.outage();
-        let at = |seconds| Instant::now() + Duration::from_secs(seconds);
-        outage.accepted("services", at(0));
-        outage.accepted("nodes", at(0));
         // One attempt is not worth a line; the next is.
-        outage.watches.values_mut().for_each(|watch| watch.failures = 0);
         assert!(!outage.failed("services", &failure("is asleep"), at(100)));
         assert!(outage.failed("services", &failure("is asleep"), at(101)));
         assert!(!outage.accepted("services", at(110)));
@@ -258,10 +266,8 @@ mod tests {
 
     #[test]
     fn a_watch_that_breaks_whenever_it_is_accepted_is_said_once_and_not_said_to_be_well() {
-        let reporter = reporter(&Arc::default());
+        let reporter = connected();
         let mut outage = reporter.outage();
-        let at = |seconds| Instant::now() + Duration::from_secs(seconds);
-        outage.accepted("nodes", at(0));
         let mut lines = 0;
         for round in 0..100 {
             outage.accepted("services", at(round * 30));
@@ -277,13 +283,25 @@ mod tests {
     }
 
     #[test]
-    fn a_list_that_is_needed_after_an_outage_is_no_trouble_of_its_own() {
-        let reporter = reporter(&Arc::default());
-        let (mut outage, now) = (reporter.outage(), Instant::now());
-        let gone = |words: &str| Failure { kind: "gone", ..failure(words) };
-        assert!(outage.failed("services", &failure("is asleep"), now));
-        assert!(!outage.failed("services", &gone("too old: 1"), now));
-        assert!(outage.failed("services", &gone("too old: 2"), now), "lists do not help");
+    fn what_comes_once_in_a_return_is_no_trouble_of_its_own() {
+        let reporter = connected();
+        let mut outage = reporter.outage();
+        let of_kind = |kind, reason| Failure { kind, ..failure(reason) };
+        outage.failed("services", &failure("is asleep"), at(0));
+        assert!(outage.failed("services", &failure("is asleep"), at(1)));
+        assert!(!outage.failed("services", &of_kind("forbidden", "does not know us"), at(2)));
+        assert!(!outage.failed("services", &of_kind("gone", "too old: 1"), at(3)));
+        assert!(outage.failed("services", &of_kind("gone", "too old: 2"), at(4)), "lists do not help");
+    }
+
+    #[test]
+    fn a_server_that_fails_in_another_way_each_time_is_said_as_well() {
+        let reporter = connected();
+        let kinds = ["connection", "server-error"].into_iter().cycle().take(10);
+        let lines = kinds.filter(|kind| {
+            reporter.outage().failed("services", &Failure { kind, ..failure("is ill") }, Instant::now())
+        });
+        assert_eq!(lines.count(), 1);
     }
 
     #[test]
