@@ -362,7 +362,9 @@ fn log_of_an_outage(kind: Option<Kind>, level: &[&str]) -> Vec<Value> {
     assert_eq!(externals(&agent.next()), "203.0.113.1");
     agent.logs("connected to the API server");
     match kind {
-        Some(kind) => drop(lab.server.inject(Fault::new(kind))),
+        Some(kind) => {
+            lab.server.inject(Fault::new(kind));
+        }
         None => lab.server.down().unwrap(),
     }
     // Lists are asked for as well.

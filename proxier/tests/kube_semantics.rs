@@ -6,6 +6,13 @@
 #[allow(dead_code, reason = "each test program uses its part")]
 mod cluster;
 
+use std::collections::BTreeSet;
+
+use proxier::{
+    catalog::Catalog,
+    desired::{ServiceKey, compute},
+    model::{Family, Protocol},
+};
 use serde_json::{Value, json};
 
 use crate::cluster::{Cluster, Observer, as_paths, paths};
@@ -193,5 +200,71 @@ async fn more_objects_than_fit_a_page_are_all_there_at_once() {
     node.absorb(first);
     assert_eq!(node.catalog.services().count(), 20);
     assert_eq!(node.catalog.slices().count(), 20);
+    cluster.end().await;
+}
+
+/// What the API server writes into the objects, the agent assumes of those where nobody has written it.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_api_server_fills_in_means_what_is_assumed_without_it() {
+    let (cluster, mut node) = web().await;
+    let mut service = cluster.service("web", &["203.0.113.55"]);
+    service["spec"]["sessionAffinity"] = json!("ClientIP");
+    cluster.apply(service).await;
+    // Neither conditions nor a protocol.
+    let mut slice =
+        cluster.slice("web-1", "web", &[json!({"addresses": ["10.244.1.2"], "nodeName": cluster.node(1)})]);
+    slice["ports"] = json!([{"port": 6000}]);
+    cluster.apply(slice).await;
+    let key = ServiceKey { service: cluster.name("web"), family: Family::V4 };
+    node.until_desired("three hours", |desired| {
+        desired.services.get(&key).is_some_and(|service| {
+            service.affinity_timeout == 10_800
+                && service.pods == BTreeSet::from(["10.244.1.2".parse().unwrap()])
+        })
+    })
+    .await;
+    let ports_of = |catalog: &Catalog| catalog.slice(&cluster.name("web-1")).unwrap().ports.clone();
+    node.until("a port", |catalog| !ports_of(catalog).is_empty()).await;
+    assert_eq!(ports_of(&node.catalog)[0].protocol, Protocol::Tcp);
+    let endpoints = &node.catalog.slice(&cluster.name("web-1")).unwrap().endpoints;
+    assert!(endpoints[0].ready && endpoints[0].serving && !endpoints[0].terminating);
+    cluster.end().await;
+}
+
+/// An address has many spellings, and the API server keeps the one that was written.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_address_is_the_same_however_it_is_written() {
+    let (cluster, mut node) = web().await;
+    cluster.apply(cluster.slice("web-6", "web", &[cluster.endpoint("fd00:244::2", 1)])).await;
+    cluster.apply(cluster.service("web", &["2001:db8::55"])).await;
+    expect(&cluster, &mut node, "web", [("2001:db8::55", &["fd00:244::2"])]).await;
+    cluster.apply(cluster.service("a-younger-one", &["2001:DB8:0:0::55"])).await;
+    // What comes after it has been seen.
+    cluster.apply(cluster.service("mark", &["203.0.113.99"])).await;
+    expect(&cluster, &mut node, "mark", [("203.0.113.99", &[])]).await;
+    assert!(node.catalog.service(&cluster.name("a-younger-one")).is_some());
+    let mut owners = compute(&node.catalog, &node.settings).0.services;
+    owners.retain(|_, service| service.externals.contains(&"2001:db8::55".parse().unwrap()));
+    assert_eq!(owners.len(), 1, "{owners:?}");
+    cluster.end().await;
+}
+
+/// A source that sees nothing for a while is told all of it in the right order, whatever it has missed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_comes_late_sees_what_one_saw_that_was_there_all_the_time() {
+    let (cluster, mut node) = web().await;
+    cluster.apply(cluster.service("mail", &["203.0.113.56"])).await;
+    cluster.apply(cluster.slice("mail-1", "mail", &[cluster.endpoint("10.244.1.3", 1)])).await;
+    cluster.delete("EndpointSlice", "web-1").await;
+    cluster.apply(cluster.service("web", &["203.0.113.57"])).await;
+    expect(&cluster, &mut node, "web", [("203.0.113.57", &[])]).await;
+    expect(&cluster, &mut node, "mail", [("203.0.113.56", &["10.244.1.3"])]).await;
+    let mut late = Observer::start(&cluster.options(), &cluster.node(1)).await;
+    expect(&cluster, &mut late, "mail", [("203.0.113.56", &["10.244.1.3"])]).await;
+    // Nodes are everybody's in a real cluster.
+    let of_this_test = |catalog: &Catalog| {
+        (catalog.services().cloned().collect::<Vec<_>>(), catalog.slices().cloned().collect::<Vec<_>>())
+    };
+    assert_eq!(of_this_test(&late.catalog), of_this_test(&node.catalog));
     cluster.end().await;
 }
