@@ -171,8 +171,6 @@ struct Agent<'a> {
     tick_failed: bool,
     /// Whether the source has delivered its first whole list: nothing is applied before.
     synced: bool,
-    /// Whether there is something to be applied or reported.
-    news: bool,
     /// Whether objects have changed since they were counted.
     uncounted: bool,
     /// Tells [`Settings::local_addresses`]; none if they never change.
@@ -203,7 +201,6 @@ impl<'a> Agent<'a> {
             passing: BTreeMap::new(),
             tick_failed: false,
             synced: false,
-            news: false,
             uncounted: false,
             read_addresses: None,
             addresses_due: Instant::now(),
@@ -256,12 +253,12 @@ impl<'a> Agent<'a> {
                     let Some(batch) = batch else {
                         bail!("the source has ended: see the log above, then start proxier again");
                     };
-                    self.absorb(batch);
+                    let mut news = self.absorb(batch);
                     // What came meanwhile is one change, not many.
                     while let Ok(batch) = batches.try_recv() {
-                        self.absorb(batch);
+                        news |= self.absorb(batch);
                     }
-                    if !mem::take(&mut self.news) {
+                    if !news {
                         continue;
                     }
                 }
@@ -277,7 +274,8 @@ impl<'a> Agent<'a> {
         }
     }
 
-    fn absorb(&mut self, batch: Batch) {
+    /// Takes a batch in. Returns whether there is something to be applied or reported.
+    fn absorb(&mut self, batch: Batch) -> bool {
         let Batch { events, problems, api_server, triggered } = batch;
         let mut news = !mem::replace(&mut self.synced, true);
         self.tellers.observed.synced();
@@ -295,14 +293,15 @@ impl<'a> Agent<'a> {
             self.triggered.extend(triggered);
             self.tellers.observed.queued();
         }
-        self.news |= news || problems.is_some();
         if let Some(problems) = problems {
+            news = true;
             let former = mem::replace(&mut self.source_problems, by_subject(problems));
             let subjects = former.keys().chain(self.source_problems.keys());
             let changed =
                 subjects.filter(|subject| former.get(*subject) != self.source_problems.get(*subject));
             self.unreported.extend(changed.cloned());
         }
+        news
     }
 
     /// Applies what may differ from what is in force. While something fails, that is what has changed since; all of it, what has
@@ -415,9 +414,11 @@ impl<'a> Agent<'a> {
             report::log(&transitions, |subject| exists(catalog, subject));
             let Some(events) = &self.tellers.events else { continue };
             let node = &self.state.settings().node;
-            for notice in
-                transitions.iter().filter_map(|transition| notices::of_transition(transition, catalog, node))
-            {
+            let appeared = transitions.iter().filter_map(|transition| match transition {
+                Transition::Appeared(problem) => Some(problem),
+                Transition::More(..) | Transition::Solved(_) => None,
+            });
+            for notice in appeared.filter_map(|problem| notices::of_problem(problem, catalog, node)) {
                 if notice.reason.may_pass() {
                     self.passing.entry(subject.clone()).or_insert_with(|| Instant::now() + MAY_PASS);
                 } else {
@@ -426,7 +427,7 @@ impl<'a> Agent<'a> {
             }
         }
         let known = self.source_problems.values().chain(self.port_problems.values()).flatten();
-        let all: Vec<Problem> = known.chain(self.state.problems()).cloned().collect();
+        let all: Vec<&Problem> = known.chain(self.state.problems()).collect();
         self.tellers.observed.problems(&all);
     }
 
@@ -438,8 +439,7 @@ impl<'a> Agent<'a> {
         let Some(events) = &self.tellers.events else { return };
         let (catalog, node) = (self.state.catalog(), &self.state.settings().node);
         for problem in due.iter().flat_map(|subject| self.state.problems_of(subject)) {
-            let notice = notices::of_transition(&Transition::Appeared(problem.clone()), catalog, node);
-            notice
+            notices::of_problem(problem, catalog, node)
                 .into_iter()
                 .filter(|notice| notice.reason.may_pass())
                 .for_each(|notice| events.tell(notice));

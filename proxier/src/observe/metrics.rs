@@ -244,7 +244,7 @@ impl Metrics {
     }
 
     /// What is wrong now.
-    pub fn problems(&self, problems: &[Problem]) {
+    pub fn problems(&self, problems: &[&Problem]) {
         for severity in [Severity::Error, Severity::Warning, Severity::Info] {
             for kind in KINDS {
                 let count = problems
@@ -469,7 +469,11 @@ mod tests {
         let metrics = Metrics::new(Health::new(false), None);
         let problem =
             |severity| Problem::new(severity, Subject::File("a.yaml".into()), "is broken", "mend it");
-        metrics.problems(&[problem(Severity::Error), problem(Severity::Error), problem(Severity::Warning)]);
+        metrics.problems(&[
+            &problem(Severity::Error),
+            &problem(Severity::Error),
+            &problem(Severity::Warning),
+        ]);
         let line =
             |severity, count| format!("proxier_problems{{severity=\"{severity}\",kind=\"file\"}} {count}");
         let text = metrics.encode().unwrap();

@@ -6,7 +6,7 @@ use std::{
     hash::{DefaultHasher, Hash as _, Hasher as _},
 };
 
-use super::{changes::Change, report::Transition};
+use super::changes::Change;
 use crate::{
     catalog::Catalog,
     desired::{Desired, DesiredService, NoBackend},
@@ -146,8 +146,7 @@ pub fn of_changes(
 /// All nodes see the same. Should some of them run pods of the Service, the first of those by name tells; else [`TELLERS`] of all,
 /// others for each Service: on some nodes no agent may run. Without Nodes, all tell.
 #[must_use]
-pub fn of_transition(transition: &Transition, catalog: &Catalog, node: &NodeName) -> Option<Notice> {
-    let Transition::Appeared(problem) = transition else { return None };
+pub fn of_problem(problem: &Problem, catalog: &Catalog, node: &NodeName) -> Option<Notice> {
     let Subject::Object(ObjectId::Service(name)) = &problem.subject else { return None };
     if problem.severity == Severity::Info || !tells(name, catalog, node) {
         return None;
@@ -207,7 +206,7 @@ mod tests {
             Object,
             testing::{mk_endpoint, mk_name, mk_node, mk_service, mk_slice},
         },
-        observe::{changes::between, report::Report},
+        observe::changes::between,
     };
 
     fn settings() -> Settings {
@@ -262,10 +261,9 @@ mod tests {
     fn told_by(node: &str, catalog: &Catalog) -> Vec<Notice> {
         let (_, problems) = compute(catalog, &settings());
         let subject = Subject::Object(ObjectId::Service(mk_name("web")));
-        let of_web = problems.into_iter().filter(|problem| problem.subject == subject);
-        let transitions = Report::default().update(&subject, of_web);
+        let of_web = problems.iter().filter(|problem| problem.subject == subject);
         let node = NodeName::new(node);
-        transitions.iter().filter_map(|transition| of_transition(transition, catalog, &node)).collect()
+        of_web.filter_map(|problem| of_problem(problem, catalog, &node)).collect()
     }
 
     #[test]

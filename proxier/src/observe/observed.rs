@@ -142,7 +142,7 @@ impl Observed {
     }
 
     /// Whenever the problems may have changed, with all that there are now.
-    pub fn problems(&self, problems: &[Problem]) {
+    pub fn problems(&self, problems: &[&Problem]) {
         self.metrics.problems(problems);
         let mut first = Vec::new();
         for severity in [Severity::Error, Severity::Warning, Severity::Info] {
@@ -367,7 +367,7 @@ mod tests {
         let mut problems: Vec<_> =
             (0..MAX_PROBLEMS).map(|n| problem(Severity::Warning, &n.to_string())).collect();
         problems.push(problem(Severity::Error, "worst"));
-        observed.problems(&problems);
+        observed.problems(&problems.iter().collect::<Vec<_>>());
         let ProblemsReport { total, first } = observed.report().problems;
         assert_eq!((total, first.len()), (MAX_PROBLEMS + 1, MAX_PROBLEMS));
         assert_eq!(first[0].text, "worst: is broken; mend it");

@@ -51,6 +51,7 @@ pub(super) struct Pending {
     triggered: Vec<SystemTime>,
     /// Of all objects.
     problems: BTreeMap<ObjectId, Vec<Problem>>,
+    /// True at first: the agent is given a first batch even if there is nothing.
     problems_changed: bool,
     /// Whether the agent has been given anything.
     begun: bool,
@@ -131,7 +132,7 @@ impl Pending {
 
     fn is_due(&self) -> bool {
         let news = !self.events.is_empty() || self.api_server.is_some() || self.problems_changed;
-        self.unlisted.is_empty() && (news || !self.begun)
+        self.unlisted.is_empty() && news
     }
 
     fn take(&mut self) -> Batch {
