@@ -22,7 +22,7 @@ mod watch;
 
 use std::{
     fmt, fs, io,
-    net::{Ipv4Addr, SocketAddr, TcpListener},
+    net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener},
     path::Path,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
@@ -35,7 +35,7 @@ use axum::serve::ListenerExt as _;
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use nix::sched::{CloneFlags, setns};
 use serde_json::Value;
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockRef, Socket, Type};
 use tokio::sync::oneshot;
 
 pub use self::{
@@ -483,6 +483,8 @@ fn listen(socket: &Socket) -> io::Result<TcpListener> {
 /// The thread that serves; ended with all its connections when dropped.
 #[derive(Debug)]
 struct Serving {
+    /// A copy of the descriptor, to end the listening with.
+    listener: TcpListener,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -490,6 +492,7 @@ struct Serving {
 impl Serving {
     fn start(listener: TcpListener, shared: &Arc<Shared>, tls: Option<&Tls>) -> anyhow::Result<Self> {
         listener.set_nonblocking(true)?;
+        let held = listener.try_clone()?;
         let router = serve::router(Arc::clone(shared));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let served: Pin<Box<dyn Future<Output = io::Result<()>> + Send>> = {
@@ -518,7 +521,7 @@ impl Serving {
             });
             // With the runtime go the tasks of the connections, and with them the sockets.
         })?;
-        Ok(Self { stop: Some(stop), thread: Some(thread) })
+        Ok(Self { listener: held, stop: Some(stop), thread: Some(thread) })
     }
 }
 
@@ -529,5 +532,8 @@ impl Drop for Serving {
             // It has said why on stderr if it panicked; a second panic in a drop would hide that.
             let _ = thread.join();
         }
+        // To close it is not enough: a process that another thread is starting has a copy of every descriptor until it executes
+        // its program, and as long as one is open, connections are accepted. A listener that is gone needs no ending.
+        let _ = SockRef::from(&self.listener).shutdown(Shutdown::Read);
     }
 }
