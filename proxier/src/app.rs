@@ -156,6 +156,8 @@ struct Agent<'a> {
     in_force: Desired,
     /// What may differ from that.
     scope: Scope,
+    /// Services that the sink has not been shown since anything of them changed.
+    touched: Scope<ObjectName>,
     /// Subjects that may have other problems than those told.
     unreported: BTreeSet<Subject>,
     /// When what has been absorbed since the last apply happened.
@@ -188,6 +190,7 @@ impl<'a> Agent<'a> {
             // Before anything is applied: an attempt that fails half-way must not hide what it changed.
             in_force: sink.in_force(),
             scope: Scope::All,
+            touched: Scope::All,
             ready: false,
             sink,
             state: desired::State::new(settings),
@@ -307,10 +310,9 @@ impl<'a> Agent<'a> {
     /// Applies what may differ from what is in force. While something fails, that is what has changed since; all of it, what has
     /// failed too, when the retry is due.
     fn apply(&mut self) -> anyhow::Result<()> {
-        let Changed { services, subjects, .. } = self.state.refresh();
-        if let Scope::Only(keys) = &mut self.scope {
-            keys.extend(services);
-        }
+        let Changed { services, touched, subjects, node_addresses: _ } = self.state.refresh();
+        self.scope.extend(services);
+        self.touched.extend(touched);
         self.unreported.extend(subjects);
         self.report();
 
@@ -319,8 +321,13 @@ impl<'a> Agent<'a> {
             self.tellers.observed.retried();
         }
         let start = Instant::now();
-        let snapshot =
-            Snapshot { catalog: self.state.catalog(), desired: self.state.desired(), scope: &self.scope };
+        let touched = mem::replace(&mut self.touched, Scope::none());
+        let snapshot = Snapshot {
+            catalog: self.state.catalog(),
+            desired: self.state.desired(),
+            scope: &self.scope,
+            touched: &touched,
+        };
         let triggered = mem::take(&mut self.triggered);
         if let Err(error) = self.sink.apply(snapshot) {
             self.tellers.observed.apply_failed(start.elapsed(), &error);
@@ -328,14 +335,17 @@ impl<'a> Agent<'a> {
                 // The others are in force.
                 Some(Incomplete { failures }) => {
                     let failed = failures.iter().filter_map(|failure| failure.service.clone()).collect();
-                    let scope = mem::replace(&mut self.scope, Scope::Only(BTreeSet::new()));
+                    let scope = mem::replace(&mut self.scope, Scope::none());
                     self.tell_changes(self.without(&failed, scope));
                 }
-                None => self.scope = Scope::All,
+                None => {
+                    self.scope = Scope::All;
+                    self.touched = Scope::All;
+                }
             }
             return Err(error);
         }
-        let scope = mem::replace(&mut self.scope, Scope::Only(BTreeSet::new()));
+        let scope = mem::replace(&mut self.scope, Scope::none());
         if scope == Scope::All {
             self.failures.clear();
             if self.retry.take().is_some() {

@@ -37,6 +37,8 @@ use crate::{
         table::{self, Output, TableRow},
     },
     sink::{
+        Sink,
+        api::{ApiSink, DEFAULT_LISTEN_ADDRESS, ListenAddress, Taken, TlsFiles, WithApi},
         bpf::{self, AttachMode, BpfSink, inspect},
         json::JsonSink,
     },
@@ -134,9 +136,12 @@ struct FileArgs {
 }
 
 #[derive(Debug, Subcommand)]
+#[expect(clippy::enum_variant_names, reason = "the words of the command line")]
 enum SinkCommand {
     /// Program the kernel
     ToBpf(ToBpfArgs),
+    /// Serve it to any number of backends, by kpng's gRPC API
+    ToApi(ToApiArgs),
     /// Print the whole state at every change, one JSON object per Service per line, in kpng-json's shape
     ToJson(ToJsonArgs),
 }
@@ -168,6 +173,52 @@ struct ToBpfArgs {
     externals: ExternalArgs,
     #[command(flatten)]
     listen: ListenArgs,
+    /// Serve the same to other backends, by kpng's gRPC API: tcp://ADDRESS:PORT, or unix:///PATH
+    #[arg(long, env = "PROXIER_SERVE_API", value_name = "ADDRESS")]
+    serve_api: Option<ListenAddress>,
+    #[command(flatten)]
+    tls: TlsArgs,
+}
+
+#[derive(Debug, Args)]
+struct ToApiArgs {
+    /// Where: tcp://ADDRESS:PORT, or unix:///PATH
+    #[arg(long, env = "PROXIER_LISTEN", value_name = "ADDRESS", default_value = DEFAULT_LISTEN_ADDRESS)]
+    listen: ListenAddress,
+    #[command(flatten)]
+    tls: TlsArgs,
+    #[command(flatten)]
+    externals: ExternalArgs,
+    #[command(flatten)]
+    health: ListenArgs,
+}
+
+/// How the API is served.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "TLS of the API")]
+struct TlsArgs {
+    /// The API's certificate, and those that lead to its authority (PEM); read again when it has changed
+    #[arg(long, env = "PROXIER_TLS_CERT", value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// The certificate's key (PEM)
+    #[arg(long, env = "PROXIER_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// Serve only clients with a certificate of one of these authorities (PEM)
+    #[arg(long, env = "PROXIER_TLS_CLIENT_CA", value_name = "FILE", requires = "tls_cert")]
+    tls_client_ca: Option<PathBuf>,
+}
+
+impl TlsArgs {
+    /// The files, for an API at `address`.
+    fn files(self, address: &ListenAddress) -> anyhow::Result<Option<TlsFiles>> {
+        let Self { tls_cert, tls_key, tls_client_ca } = self;
+        let (Some(certificate), Some(key)) = (tls_cert, tls_key) else { return Ok(None) };
+        anyhow::ensure!(
+            matches!(address, ListenAddress::Tcp(_)),
+            "--tls-cert is for tcp://: who may connect to {address} is up to the socket's permissions"
+        );
+        Ok(Some(TlsFiles { certificate, key, client_authorities: tls_client_ca }))
+    }
 }
 
 #[derive(Debug, Args)]
@@ -425,15 +476,39 @@ where
                 };
                 let observed = Observed::new(&node, kind, Some(Box::new(kernel)));
                 let _servers = http::serve(&observed, sink.listen);
-                let mut bpf = BpfSink::open(options)?;
+                let api = match sink.serve_api {
+                    Some(address) => {
+                        let tls = sink.tls.files(&address)?;
+                        let metrics = Arc::clone(&observed.metrics);
+                        Some(ApiSink::serve(&address, tls, Taken::Waits, metrics)?)
+                    }
+                    None => None,
+                };
+                let bpf = BpfSink::open(options)?;
+                let mut sink: Box<dyn Sink> = match api {
+                    Some(api) => Box::new(WithApi { sink: bpf, api }),
+                    None => Box::new(bpf),
+                };
                 let batches = start(observed.onlooker())?;
                 let tellers = Tellers {
                     events: events.map(|client| Events::start(client, &node, &observed)),
                     service_health: Some(ServiceHealth::new(observed.health.clone())),
                     observed,
                 };
-                app::run(batches, &mut bpf, settings, tellers, Until::Signalled, Machine::ThisNode, shutdown)
-                    .await
+                let until = Until::Signalled;
+                app::run(batches, &mut *sink, settings, tellers, until, Machine::ThisNode, shutdown).await
+            }
+            SinkCommand::ToApi(sink) => {
+                let settings = settings(node.clone(), sink.externals);
+                let observed = Observed::new(&node, kind, None);
+                let _servers = http::serve(&observed, sink.health);
+                let tls = sink.tls.files(&sink.listen)?;
+                let metrics = Arc::clone(&observed.metrics);
+                let mut api = ApiSink::serve(&sink.listen, tls, Taken::Fails, metrics)?;
+                let batches = start(observed.onlooker())?;
+                let tellers = Tellers::new(observed);
+                // The backends may run anywhere, so what this host's interfaces have does not matter.
+                app::run(batches, &mut api, settings, tellers, Until::Signalled, Machine::Any, shutdown).await
             }
             SinkCommand::ToJson(sink) => {
                 let settings = settings(node.clone(), sink.externals);

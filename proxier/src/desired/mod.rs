@@ -112,11 +112,26 @@ pub struct Desired {
 
 /// Which Services may differ from what somebody was given last.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Scope {
+pub enum Scope<K = ServiceKey> {
     /// Any.
     All,
     /// These alone: they are new, have changed or have gone.
-    Only(BTreeSet<ServiceKey>),
+    Only(BTreeSet<K>),
+}
+
+impl<K: Ord> Scope<K> {
+    /// Adds more.
+    pub fn extend(&mut self, more: impl IntoIterator<Item = K>) {
+        if let Self::Only(keys) = self {
+            keys.extend(more);
+        }
+    }
+
+    /// Nothing.
+    #[must_use]
+    pub const fn none() -> Self {
+        Self::Only(BTreeSet::new())
+    }
 }
 
 /// Addresses that a node's interfaces have.

@@ -55,6 +55,8 @@ struct Due {
 pub struct Changed {
     /// Entries of [`Desired::services`] that are new, have changed or have gone.
     pub services: BTreeSet<ServiceKey>,
+    /// Services of which any object has changed, or that were looked at again for another reason.
+    pub touched: BTreeSet<ObjectName>,
     /// Whether [`Desired::node_addresses`] are others.
     pub node_addresses: bool,
     /// What has other problems than before, or none any more.
@@ -65,8 +67,8 @@ impl Changed {
     /// Whether everything is as it was.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        let Self { services, node_addresses, subjects } = self;
-        services.is_empty() && !node_addresses && subjects.is_empty()
+        let Self { services, touched, node_addresses, subjects } = self;
+        services.is_empty() && touched.is_empty() && !node_addresses && subjects.is_empty()
     }
 }
 
@@ -135,8 +137,8 @@ impl State {
     pub fn refresh(&mut self) -> Changed {
         let Due { services, node_addresses, node_name } = std::mem::take(&mut self.due);
         let mut changed = Changed::default();
-        for name in services {
-            let assessed = self.catalog.service(&name).map(|service| self.assess(service));
+        for name in &services {
+            let assessed = self.catalog.service(name).map(|service| self.assess(service));
             let assessed = assessed.unwrap_or_default();
             self.put_problems(
                 Subject::Object(ObjectId::Service(name.clone())),
@@ -156,6 +158,7 @@ impl State {
                 changed.services.insert(key);
             }
         }
+        changed.touched = services;
         if node_addresses {
             let addresses = taken::node_addresses(&self.settings);
             changed.node_addresses = addresses != self.desired.node_addresses;

@@ -115,7 +115,7 @@ pub fn raise_descriptor_limit() {
 }
 
 /// How many file descriptors the process may have.
-pub(super) fn descriptor_limit() -> usize {
+pub(crate) fn descriptor_limit() -> usize {
     // It fails for an unknown resource alone.
     getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| usize::try_from(soft).unwrap_or(usize::MAX))
 }

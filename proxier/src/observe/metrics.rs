@@ -58,6 +58,9 @@ pub struct Metrics {
     events_published: Family<Labels<1>, Counter>,
     events_dropped: Family<Labels<1>, Counter>,
     interfaces: Family<Labels<1>, Gauge>,
+    api_clients: Gauge,
+    api_batches: Counter,
+    api_steps: Family<Labels<1>, Counter>,
 }
 
 impl Metrics {
@@ -85,6 +88,9 @@ impl Metrics {
             events_published: Family::default(),
             events_dropped: Family::default(),
             interfaces: Family::default(),
+            api_clients: Gauge::default(),
+            api_batches: Counter::default(),
+            api_steps: Family::default(),
         };
         metrics.counts(&Counts::default());
         metrics.problems(&[]);
@@ -189,6 +195,17 @@ impl Metrics {
             "Interfaces that carry the programs, by what they lead to",
             self.interfaces.clone(),
         );
+        registry.register("api_clients", "Clients that follow the API", self.api_clients.clone());
+        registry.register(
+            "api_batches",
+            "Batches of changes that clients of the API were given",
+            self.api_batches.clone(),
+        );
+        registry.register(
+            "api_steps",
+            "Values that clients of the API were told of, by whether they are there or have gone",
+            self.api_steps.clone(),
+        );
     }
 
     /// All of it, in the format of [`CONTENT_TYPE`]. Reads maps and files: to be called where that may take its time.
@@ -287,10 +304,36 @@ impl Metrics {
         self.events_dropped.get_or_create(&[("why", why)]).inc();
     }
 
+    /// A client follows the API, until what is returned is dropped.
+    pub fn api_client(&self) -> ApiClient {
+        self.api_clients.inc();
+        ApiClient(self.api_clients.clone())
+    }
+
+    /// A client of the API was given a batch.
+    pub fn api_batch(&self) {
+        self.api_batches.inc();
+    }
+
+    /// A client of the API is told of a value. `op` is a word of a short list.
+    pub fn api_step(&self, op: &'static str) {
+        self.api_steps.get_or_create(&[("op", op)]).inc();
+    }
+
     /// So many interfaces carry the programs.
     pub fn attached(&self, uplinks: usize, pod_links: usize) {
         self.interfaces.get_or_create(&[("role", "uplink")]).set(gauge(uplinks));
         self.interfaces.get_or_create(&[("role", "pod-link")]).set(gauge(pod_links));
+    }
+}
+
+/// A client of the API, counted while it is one.
+#[derive(Debug)]
+pub struct ApiClient(Gauge);
+
+impl Drop for ApiClient {
+    fn drop(&mut self) {
+        self.0.dec();
     }
 }
 

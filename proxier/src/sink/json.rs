@@ -3,24 +3,20 @@
 //! dual-stack pod overwrite each other, both are there.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     fmt,
     io::{self, Write},
-    net::IpAddr,
 };
 
 use anyhow::Context as _;
+use proxier_localv1 as localv1;
 use serde::Serialize;
 
-use super::{Sink, Snapshot};
-use crate::{
-    catalog::Catalog,
-    desired::{Desired, ServiceKey, select},
-    model::{
-        self, EndpointSlice, Family, NodeName, ObjectName, Protocol, SessionAffinity, TargetPort,
-        TrafficPolicy,
-    },
+use super::{
+    Sink, Snapshot,
+    export::{Exported, Pod},
 };
+use crate::model::NodeName;
 
 /// The sink.
 pub struct JsonSink {
@@ -61,13 +57,12 @@ impl Sink for JsonSink {
     }
 }
 
+/// All Services of `snapshot`, as lines.
 fn render(snapshot: Snapshot<'_>, node: &NodeName, pretty: bool) -> Result<String, serde_json::Error> {
     let mut text = String::new();
     for service in snapshot.catalog.services() {
-        let line = Line {
-            service: ServiceJson::new(service, snapshot.desired),
-            endpoints: endpoints(snapshot.catalog, service, node),
-        };
+        let Some(exported) = Exported::of(snapshot, &service.name) else { continue };
+        let line = Line { service: (&exported.service).into(), endpoints: endpoints(&exported, node) };
         text += &if pretty { serde_json::to_string_pretty(&line)? } else { serde_json::to_string(&line)? };
         text.push('\n');
     }
@@ -80,119 +75,47 @@ pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
-// The order of the fields below is that of kpng's Go structs, so that lines compare as text.
-
 #[derive(Serialize)]
 #[serde(rename_all = "PascalCase")]
 struct Line<'a> {
     service: ServiceJson<'a>,
     /// `null` if there is none.
-    endpoints: Option<Vec<EndpointJson>>,
+    endpoints: Option<Vec<localv1::Endpoint>>,
 }
 
+/// The order of the fields is that of kpng's Go structs, so that lines compare as text.
 #[derive(Serialize)]
 #[serde(rename_all = "PascalCase")]
 struct ServiceJson<'a> {
     namespace: &'a str,
     name: &'a str,
-    r#type: String,
-    #[serde(rename = "IPs")]
-    ips: ServiceIpsJson,
-    #[serde(rename = "IPFilters", skip_serializing_if = "Vec::is_empty")]
-    ip_filters: Vec<IpFilterJson>,
-    /// "True if the service maps the whole IP, not just individual ports": kpng declares it and never sets it.
-    #[serde(rename = "MapIP")]
+    r#type: &'a str,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    labels: &'a BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    annotations: &'a BTreeMap<String, String>,
+    #[serde(rename = "IPs", skip_serializing_if = "Option::is_none")]
+    ips: Option<&'a localv1::ServiceIPs>,
+    #[serde(rename = "IPFilters", skip_serializing_if = "<[_]>::is_empty")]
+    ip_filters: &'a [localv1::IpFilter],
+    #[serde(rename = "MapIP", skip_serializing_if = "is_default")]
     map_ip: bool,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    ports: Vec<PortMappingJson<'a>>,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    ports: &'a [localv1::PortMapping],
     #[serde(skip_serializing_if = "is_default")]
     external_traffic_to_local: bool,
     /// There even if null: protobuf's Go code has no `omitempty` for a oneof.
-    session_affinity: Option<SessionAffinityJson>,
+    session_affinity: Option<SessionAffinityJson<'a>>,
     #[serde(skip_serializing_if = "is_default")]
     internal_traffic_to_local: bool,
     #[serde(skip_serializing_if = "is_default")]
-    health_check_node_port: u16,
+    health_check_node_port: i32,
 }
 
 #[derive(Serialize)]
-#[serde(rename_all = "PascalCase")]
-struct ServiceIpsJson {
-    #[serde(rename = "ClusterIPs")]
-    cluster_ips: IpSetJson,
-    #[serde(rename = "ExternalIPs")]
-    external_ips: IpSetJson,
-    #[serde(rename = "LoadBalancerIPs", skip_serializing_if = "is_default")]
-    load_balancer_ips: IpSetJson,
-    #[serde(skip_serializing_if = "is_default")]
-    headless: bool,
-}
-
-#[derive(Default, PartialEq, Serialize)]
-struct IpSetJson {
-    #[serde(rename = "V4", skip_serializing_if = "Vec::is_empty")]
-    v4: Vec<IpAddr>,
-    #[serde(rename = "V6", skip_serializing_if = "Vec::is_empty")]
-    v6: Vec<IpAddr>,
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "PascalCase")]
-struct IpFilterJson {
-    source_ranges: Vec<String>,
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "PascalCase")]
-struct PortMappingJson<'a> {
-    #[serde(skip_serializing_if = "str::is_empty")]
-    name: &'a str,
-    protocol: u8,
-    port: u16,
-    #[serde(skip_serializing_if = "is_default")]
-    node_port: u16,
-    #[serde(skip_serializing_if = "is_default")]
-    target_port: u16,
-    #[serde(skip_serializing_if = "str::is_empty")]
-    target_port_name: &'a str,
-}
-
-#[derive(Serialize)]
-enum SessionAffinityJson {
-    #[serde(rename = "ClientIP", rename_all = "PascalCase")]
-    ClientIp { timeout_seconds: u32 },
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "PascalCase")]
-struct EndpointJson {
-    #[serde(skip_serializing_if = "String::is_empty")]
-    hostname: String,
-    #[serde(rename = "IPs")]
-    ips: IpSetJson,
-    #[serde(skip_serializing_if = "is_default")]
-    local: bool,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    port_overrides: Vec<PortNameJson>,
-    scopes: ScopesJson,
-}
-
-#[derive(PartialEq, Serialize)]
-#[serde(rename_all = "PascalCase")]
-struct PortNameJson {
-    #[serde(skip_serializing_if = "String::is_empty")]
-    name: String,
-    #[serde(skip_serializing_if = "is_default")]
-    port: u16,
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "PascalCase")]
-struct ScopesJson {
-    #[serde(skip_serializing_if = "is_default")]
-    internal: bool,
-    #[serde(skip_serializing_if = "is_default")]
-    external: bool,
+enum SessionAffinityJson<'a> {
+    #[serde(rename = "ClientIP")]
+    ClientIp(&'a localv1::ClientIpAffinity),
 }
 
 /// Go's JSON leaves zero values out.
@@ -200,138 +123,78 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
-impl IpSetJson {
-    fn add(&mut self, address: IpAddr) {
-        let set = match Family::of(address) {
-            Family::V4 => &mut self.v4,
-            Family::V6 => &mut self.v6,
-        };
-        if !set.contains(&address) {
-            set.push(address);
-        }
-    }
-}
-
-impl FromIterator<IpAddr> for IpSetJson {
-    fn from_iter<I: IntoIterator<Item = IpAddr>>(addresses: I) -> Self {
-        let mut set = Self::default();
-        for address in addresses {
-            set.add(address);
-        }
-        set
-    }
-}
-
-impl<'a> ServiceJson<'a> {
-    fn new(service: &'a model::Service, desired: &Desired) -> Self {
-        // An address that the Service may not have must not be taken by whatever reads this either.
-        let owned: BTreeSet<IpAddr> = Family::ALL
-            .into_iter()
-            .filter_map(|family| desired.services.get(&ServiceKey { service: service.name.clone(), family }))
-            .flat_map(|service| &service.externals)
-            .copied()
-            .collect();
+impl<'a> From<&'a localv1::Service> for ServiceJson<'a> {
+    fn from(service: &'a localv1::Service) -> Self {
+        let localv1::Service {
+            namespace,
+            name,
+            r#type,
+            labels,
+            annotations,
+            ips,
+            ip_filters,
+            map_ip,
+            ports,
+            external_traffic_to_local,
+            internal_traffic_to_local,
+            health_check_node_port,
+            session_affinity,
+        } = service;
         Self {
-            namespace: &service.name.namespace,
-            name: &service.name.name,
-            r#type: service.service_type.to_string(),
-            ips: ServiceIpsJson {
-                cluster_ips: service.cluster_ips.iter().copied().collect(),
-                external_ips: service.external_ips.iter().copied().filter(|ip| owned.contains(ip)).collect(),
-                load_balancer_ips: service.load_balancer_ips().filter(|ip| owned.contains(ip)).collect(),
-                headless: service.headless,
-            },
-            ip_filters: if service.has_source_ranges {
-                vec![IpFilterJson {
-                    source_ranges: service.source_ranges.iter().map(ToString::to_string).collect(),
-                }]
-            } else {
-                Vec::new()
-            },
-            map_ip: true,
-            ports: service.ports.iter().map(PortMappingJson::new).collect(),
-            external_traffic_to_local: service.external_traffic_policy == TrafficPolicy::Local,
-            session_affinity: match service.session_affinity {
-                SessionAffinity::None => None,
-                SessionAffinity::ClientIp { timeout_seconds } => {
-                    Some(SessionAffinityJson::ClientIp { timeout_seconds })
-                }
-            },
-            internal_traffic_to_local: service.internal_traffic_policy == TrafficPolicy::Local,
-            health_check_node_port: service.health_check_node_port.unwrap_or_default(),
-        }
-    }
-}
-
-impl<'a> PortMappingJson<'a> {
-    fn new(port: &'a model::ServicePort) -> Self {
-        let (target_port, target_port_name) = match &port.target_port {
-            TargetPort::Number(number) => (*number, ""),
-            TargetPort::Name(name) => (0, name.as_str()),
-        };
-        Self {
-            name: &port.name,
-            protocol: match port.protocol {
-                Protocol::Tcp => 1,
-                Protocol::Udp => 2,
-                Protocol::Sctp => 3,
-            },
-            port: port.port,
-            node_port: port.node_port.unwrap_or_default(),
-            target_port,
-            target_port_name,
-        }
-    }
-}
-
-/// What the endpoints of a pod have in common, so that its families become one.
-#[derive(PartialEq, Eq, PartialOrd, Ord)]
-enum Pod {
-    Named(ObjectName),
-    /// Without `targetRef` nothing says which endpoints are one pod.
-    Unnamed(Vec<IpAddr>),
-}
-
-/// The endpoints of all nodes that traffic may go to, by pod.
-fn endpoints(catalog: &Catalog, service: &model::Service, node: &NodeName) -> Option<Vec<EndpointJson>> {
-    let mut by_node: BTreeMap<_, Vec<(&EndpointSlice, &model::Endpoint)>> = BTreeMap::new();
-    for slice in catalog.slices_of(&service.name) {
-        for endpoint in &slice.endpoints {
-            by_node.entry((slice.family, endpoint.node.as_ref())).or_default().push((slice, endpoint));
-        }
-    }
-
-    let mut pods: BTreeMap<Pod, EndpointJson> = BTreeMap::new();
-    for group in by_node.values() {
-        let any_ready = group.iter().any(|(_, endpoint)| endpoint.ready);
-        for (slice, endpoint) in
-            group.iter().filter(|(_, endpoint)| select::is_preferred(endpoint, any_ready))
-        {
-            let pod =
-                endpoint.target.clone().map_or_else(|| Pod::Unnamed(endpoint.addresses.to_vec()), Pod::Named);
-            let local = endpoint.node.as_ref() == Some(node);
-            let json = pods.entry(pod).or_insert_with(|| EndpointJson {
-                hostname: endpoint.hostname.as_deref().unwrap_or_default().to_owned(),
-                ips: IpSetJson::default(),
-                local,
-                port_overrides: Vec::new(),
-                scopes: ScopesJson {
-                    internal: local || service.internal_traffic_policy == TrafficPolicy::Cluster,
-                    external: local || service.external_traffic_policy == TrafficPolicy::Cluster,
+            namespace,
+            name,
+            r#type,
+            labels,
+            annotations,
+            ips: ips.as_ref(),
+            ip_filters,
+            map_ip: *map_ip,
+            ports,
+            external_traffic_to_local: *external_traffic_to_local,
+            session_affinity: session_affinity.as_ref().map(
+                |localv1::service::SessionAffinity::ClientIp(affinity)| {
+                    SessionAffinityJson::ClientIp(affinity)
                 },
-            });
-            for address in &endpoint.addresses {
-                json.ips.add(*address);
-            }
-            for port in &slice.ports {
-                let port = PortNameJson { name: port.name.clone(), port: port.port.unwrap_or_default() };
-                if !json.port_overrides.contains(&port) {
-                    json.port_overrides.push(port);
-                }
+            ),
+            internal_traffic_to_local: *internal_traffic_to_local,
+            health_check_node_port: *health_check_node_port,
+        }
+    }
+}
+
+/// The endpoints of all nodes that `node` may send traffic to, those of a pod's families as one.
+fn endpoints(exported: &Exported, node: &NodeName) -> Option<Vec<localv1::Endpoint>> {
+    let mut pods: Vec<(&Pod, localv1::Endpoint)> = Vec::new();
+    for endpoint in exported.endpoints.iter().filter(|endpoint| !endpoint.draining) {
+        let local = endpoint.is_on(node);
+        let Some(scopes) = exported.scopes(local) else { continue };
+        // They come by pod.
+        match pods.last_mut() {
+            Some((pod, known)) if **pod == endpoint.pod => join(known, &endpoint.common),
+            _ => {
+                let endpoint = (
+                    &endpoint.pod,
+                    localv1::Endpoint { local, scopes: Some(scopes), ..endpoint.common.clone() },
+                );
+                pods.push(endpoint);
             }
         }
     }
-    (!pods.is_empty()).then(|| pods.into_values().collect())
+    (!pods.is_empty()).then(|| pods.into_iter().map(|(_, endpoint)| endpoint).collect())
+}
+
+/// Adds what another endpoint of the same pod has.
+fn join(endpoint: &mut localv1::Endpoint, other: &localv1::Endpoint) {
+    if let Some(other) = &other.ips {
+        let ips = endpoint.ips.get_or_insert_default();
+        ips.v4.extend_from_slice(&other.v4);
+        ips.v6.extend_from_slice(&other.v6);
+    }
+    for port in &other.port_overrides {
+        if !endpoint.port_overrides.contains(port) {
+            endpoint.port_overrides.push(port.clone());
+        }
+    }
 }
 
 #[cfg(test)]

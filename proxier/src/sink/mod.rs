@@ -1,6 +1,8 @@
 //! Where the desired state goes: the kernel (`bpf`), or a line of JSON (`json`).
 
+pub mod api;
 pub mod bpf;
+mod export;
 pub mod json;
 
 use thiserror::Error;
@@ -18,8 +20,11 @@ pub struct Snapshot<'a> {
     pub catalog: &'a Catalog,
     /// What this node should have.
     pub desired: &'a Desired,
-    /// What of it may differ from the snapshot before. [`Scope::All`] in the first one, and after a failure.
+    /// What of `desired` may differ from the snapshot before. [`Scope::All`] in the first one, and after a failure.
     pub scope: &'a Scope,
+    /// Of which Services anything else may differ: the Service itself, or its endpoints, on whatever node. [`Scope::All`] in the
+    /// first one, and after a failure.
+    pub touched: &'a Scope<ObjectName>,
 }
 
 /// What is in the way of a [`Snapshot`]. Everything else of it is in force.

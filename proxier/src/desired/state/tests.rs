@@ -67,7 +67,14 @@ fn a_refresh_names_what_changed_and_nothing_else() {
     state.apply(mk_slice("web-1", "web", [mk_endpoint("11.0.2.4", "node1")]).into());
     let mail = Arc::clone(&state.desired().services[&key("mail")]);
     let changed = state.refresh();
-    assert_eq!(changed, Changed { services: BTreeSet::from([key("web")]), ..Changed::default() });
+    assert_eq!(
+        changed,
+        Changed {
+            services: BTreeSet::from([key("web")]),
+            touched: BTreeSet::from([mk_name("web")]),
+            ..Changed::default()
+        }
+    );
     assert!(Arc::ptr_eq(&mail, &state.desired().services[&key("mail")]), "what did not change is shared");
 
     state.delete(&id("web"));
@@ -76,7 +83,7 @@ fn a_refresh_names_what_changed_and_nothing_else() {
 }
 
 #[test]
-fn an_object_that_comes_again_as_it_was_and_a_pod_elsewhere_change_nothing() {
+fn an_object_that_comes_again_as_it_was_changes_nothing_and_a_pod_elsewhere_nothing_here() {
     let mut state = state(web_and_mail(), settings());
     for object in web_and_mail() {
         state.apply(object);
@@ -84,9 +91,11 @@ fn an_object_that_comes_again_as_it_was_and_a_pod_elsewhere_change_nothing() {
     assert!(state.due.services.is_empty());
     let remote = mk_slice("web-2", "web", [mk_endpoint("11.0.1.2", "node2")]);
     let remote = Object::from(remote);
+    let touched = Changed { touched: BTreeSet::from([mk_name("web")]), ..Changed::default() };
     state.apply(remote.clone());
-    assert!(state.refresh().is_empty());
+    assert_eq!(state.refresh(), touched);
     state.delete(&remote.id());
+    assert_eq!(state.refresh(), touched);
     assert!(state.refresh().is_empty());
 }
 

@@ -2,9 +2,11 @@ use std::sync::{Arc, Mutex};
 
 use super::*;
 use crate::{
+    catalog::Catalog,
     desired::{Scope, Settings, compute},
     model::{
-        Endpoint, IpMode, LoadBalancerIngress, Object, Service, ServicePort, ServiceType,
+        Endpoint, IpMode, LoadBalancerIngress, Object, Protocol, Service, ServicePort, ServiceType,
+        SessionAffinity, TargetPort, TrafficPolicy,
         testing::{mk_endpoint, mk_name, mk_service, mk_slice},
     },
 };
@@ -20,8 +22,12 @@ fn lines(objects: impl IntoIterator<Item = Object>, node: &str) -> Vec<String> {
     let node = NodeName::new(node);
     let settings = Settings::new(node.clone());
     let (desired, _) = compute(&catalog, &settings);
-    let text =
-        render(Snapshot { catalog: &catalog, desired: &desired, scope: &Scope::All }, &node, false).unwrap();
+    let text = render(
+        Snapshot { catalog: &catalog, desired: &desired, scope: &Scope::All, touched: &Scope::All },
+        &node,
+        false,
+    )
+    .unwrap();
     text.lines().map(str::to_owned).collect()
 }
 
@@ -125,7 +131,7 @@ fn every_field_that_kpng_knows_has_kpngs_name_place_and_form() {
         [media.into(), mk_slice("media-4", "media", [pod("alpine-2", "11.0.1.2", "node2")]).into()],
         "node1",
     );
-    let expected = r#"{"Service":{"Namespace":"default","Name":"media","Type":"LoadBalancer","IPs":{"ClusterIPs":{"V4":["10.96.56.103"]},"ExternalIPs":{},"LoadBalancerIPs":{"V4":["10.0.0.77"]}},"IPFilters":[{"SourceRanges":["192.0.2.0/24"]}],"MapIP":true,"Ports":[{"Name":"sip","Protocol":2,"Port":5060,"TargetPort":15060},{"Name":"sctp","Protocol":3,"Port":36412,"NodePort":31000,"TargetPortName":"s1ap"}],"ExternalTrafficToLocal":true,"SessionAffinity":{"ClientIP":{"TimeoutSeconds":10800}},"HealthCheckNodePort":30122},"Endpoints":[{"IPs":{"V4":["11.0.1.2"]},"PortOverrides":[{"Port":6000}],"Scopes":{"Internal":true}}]}"#;
+    let expected = r#"{"Service":{"Namespace":"default","Name":"media","Type":"LoadBalancer","IPs":{"ClusterIPs":{"V4":["10.96.56.103"]},"ExternalIPs":{},"LoadBalancerIPs":{"V4":["10.0.0.77"]}},"IPFilters":[{"TargetIPs":{"V4":["10.0.0.77"]},"SourceRanges":["192.0.2.0/24"]}],"MapIP":true,"Ports":[{"Name":"sip","Protocol":2,"Port":5060,"TargetPort":15060},{"Name":"sctp","Protocol":3,"Port":36412,"NodePort":31000,"TargetPortName":"s1ap"}],"ExternalTrafficToLocal":true,"SessionAffinity":{"ClientIP":{"TimeoutSeconds":10800}},"HealthCheckNodePort":30122},"Endpoints":[{"IPs":{"V4":["11.0.1.2"]},"PortOverrides":[{"Port":6000}],"Scopes":{"Internal":true}}]}"#;
     assert_eq!(printed, [expected]);
 }
 
@@ -158,7 +164,13 @@ fn the_whole_set_is_printed_at_every_change_and_not_without_one() {
             catalog.apply(object);
         }
         let (desired, _) = compute(&catalog, &Settings::new(NodeName::new("node1")));
-        sink.apply(Snapshot { catalog: &catalog, desired: &desired, scope: &Scope::All }).unwrap();
+        sink.apply(Snapshot {
+            catalog: &catalog,
+            desired: &desired,
+            scope: &Scope::All,
+            touched: &Scope::All,
+        })
+        .unwrap();
         String::from_utf8(out.0.lock().unwrap().clone()).unwrap().lines().count()
     };
     assert_eq!(apply(Some(mk_service("web", ["10.0.0.55"]).into())), 1);
