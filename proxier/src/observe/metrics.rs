@@ -36,6 +36,9 @@ pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; cha
 type Labels<const N: usize> = [(&'static str, &'static str); N];
 type Seconds = Gauge<f64, AtomicU64>;
 
+/// What a client of the API is told of a value: that it is there, or has gone.
+const API_STEPS: [&str; 2] = ["set", "delete"];
+
 /// Everything that is counted. Methods may be called from any thread.
 #[derive(Debug)]
 pub struct Metrics {
@@ -94,6 +97,9 @@ impl Metrics {
         };
         metrics.counts(&Counts::default());
         metrics.problems(&[]);
+        for op in API_STEPS {
+            metrics.api_steps.get_or_create(&[("op", op)]);
+        }
         let mut registry = Registry::default();
         metrics.register(registry.sub_registry_with_prefix("proxier"));
         registry.sub_registry_with_prefix("proxier").register_collector(Box::new(HealthCollector(health)));
