@@ -17,6 +17,7 @@ use clap::{
     Arg, Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand,
     builder::{BoolishValueParser, Resettable},
 };
+use globset::{Glob, GlobSet};
 use ipnet::IpNet;
 use tokio::sync::mpsc;
 
@@ -40,6 +41,7 @@ use crate::{
         Sink,
         api::{ApiSink, DEFAULT_LISTEN_ADDRESS, ListenAddress, Taken, TlsFiles, WithApi},
         bpf::{self, AttachMode, BpfSink, inspect},
+        export::Carried,
         json::JsonSink,
     },
     source::{Batch, Onlooker, directory::Directory, file, kube},
@@ -178,6 +180,8 @@ struct ToBpfArgs {
     serve_api: Option<ListenAddress>,
     #[command(flatten)]
     tls: TlsArgs,
+    #[command(flatten)]
+    carried: CarriedArgs,
 }
 
 #[derive(Debug, Args)]
@@ -188,9 +192,31 @@ struct ToApiArgs {
     #[command(flatten)]
     tls: TlsArgs,
     #[command(flatten)]
+    carried: CarriedArgs,
+    #[command(flatten)]
     externals: ExternalArgs,
     #[command(flatten)]
     health: ListenArgs,
+}
+
+/// What of a Service is passed on that proxier does not need.
+#[derive(Debug, Args)]
+struct CarriedArgs {
+    /// Pass on labels of Services with such names (*, ?, [...]); repeatable [default: none]
+    #[arg(long, env = "PROXIER_WITH_SERVICE_LABELS", value_name = "GLOB", value_delimiter = ',')]
+    with_service_labels: Vec<Glob>,
+    /// Pass on annotations of Services with such names, beside those of proxier; repeatable [default: none]
+    #[arg(long, env = "PROXIER_WITH_SERVICE_ANNOTATIONS", value_name = "GLOB", value_delimiter = ',')]
+    with_service_annotations: Vec<Glob>,
+}
+
+impl CarriedArgs {
+    fn carried(self) -> anyhow::Result<Carried> {
+        Ok(Carried {
+            labels: GlobSet::new(self.with_service_labels)?,
+            annotations: GlobSet::new(self.with_service_annotations)?,
+        })
+    }
 }
 
 /// How the API is served.
@@ -229,6 +255,8 @@ struct ToJsonArgs {
     /// Print on many lines, for people
     #[arg(long, env = "PROXIER_PRETTY", value_parser = BoolishValueParser::new())]
     pretty: bool,
+    #[command(flatten)]
+    carried: CarriedArgs,
     #[command(flatten)]
     externals: ExternalArgs,
 }
@@ -480,7 +508,7 @@ where
                     Some(address) => {
                         let tls = sink.tls.files(&address)?;
                         let metrics = Arc::clone(&observed.metrics);
-                        Some(ApiSink::serve(&address, tls, Taken::Waits, metrics)?)
+                        Some(ApiSink::serve(&address, tls, Taken::Waits, sink.carried.carried()?, metrics)?)
                     }
                     None => None,
                 };
@@ -504,7 +532,8 @@ where
                 let _servers = http::serve(&observed, sink.health);
                 let tls = sink.tls.files(&sink.listen)?;
                 let metrics = Arc::clone(&observed.metrics);
-                let mut api = ApiSink::serve(&sink.listen, tls, Taken::Fails, metrics)?;
+                let mut api =
+                    ApiSink::serve(&sink.listen, tls, Taken::Fails, sink.carried.carried()?, metrics)?;
                 let batches = start(observed.onlooker())?;
                 let tellers = Tellers::new(observed);
                 // The backends may run anywhere, so what this host's interfaces have does not matter.
@@ -513,7 +542,8 @@ where
             SinkCommand::ToJson(sink) => {
                 let settings = settings(node.clone(), sink.externals);
                 let observed = Observed::new(&node, kind, None);
-                let mut json = JsonSink::new(Box::new(io::stdout()), node, sink.pretty);
+                let mut json =
+                    JsonSink::new(Box::new(io::stdout()), node, sink.carried.carried()?, sink.pretty);
                 let until = if sink.once { Until::FirstApply } else { Until::Signalled };
                 let batches = start(observed.onlooker())?;
                 let tellers = Tellers::new(observed);

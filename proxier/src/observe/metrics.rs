@@ -98,7 +98,7 @@ impl Metrics {
         metrics.counts(&Counts::default());
         metrics.problems(&[]);
         for op in API_STEPS {
-            metrics.api_steps.get_or_create(&[("op", op)]);
+            drop(metrics.api_steps.get_or_create(&[("op", op)]));
         }
         let mut registry = Registry::default();
         metrics.register(registry.sub_registry_with_prefix("proxier"));

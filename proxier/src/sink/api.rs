@@ -13,7 +13,10 @@ use self::{
     listen::Listener,
     store::{Revision, Store},
 };
-use super::{Condition, Sink, Snapshot, export::Exported};
+use super::{
+    Condition, Sink, Snapshot,
+    export::{Carried, Exported},
+};
 use crate::{
     desired::{Desired, Scope},
     model::ObjectName,
@@ -47,6 +50,7 @@ pub enum Taken {
 
 /// The sink.
 pub struct ApiSink {
+    carried: Carried,
     shared: Arc<Shared>,
     bound: ListenAddress,
     server: JoinHandle<()>,
@@ -85,6 +89,7 @@ impl ApiSink {
         address: &ListenAddress,
         tls: Option<TlsFiles>,
         taken: Taken,
+        carried: Carried,
         metrics: Arc<Metrics>,
     ) -> anyhow::Result<Self> {
         let tls = tls.map(tls::Identity::read).transpose()?;
@@ -112,7 +117,7 @@ impl ApiSink {
             metrics,
         });
         let server = tokio::spawn(server::run(Arc::clone(&shared), listener, tls));
-        Ok(Self { shared, bound, server })
+        Ok(Self { carried, shared, bound, server })
     }
 
     /// Where it listens, with the port that the kernel has chosen if none was given.
@@ -139,7 +144,7 @@ impl Sink for ApiSink {
             }
         };
         let revision = store.put(names.into_iter().map(|name| {
-            let exported = Exported::of(snapshot, &name);
+            let exported = Exported::of(snapshot, &name, &self.carried);
             (name, exported)
         }));
         drop(store);

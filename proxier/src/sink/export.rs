@@ -8,20 +8,38 @@ use std::{
     net::IpAddr,
 };
 
+use globset::GlobSet;
 use proxier_localv1 as localv1;
 
 use super::Snapshot;
 use crate::{
     desired::{ServiceKey, select},
     model::{
-        Endpoint, EndpointSlice, Family, NodeName, ObjectName, Protocol, Service, ServicePort,
+        Endpoint, EndpointSlice, Family, Labels, NodeName, ObjectName, Protocol, Service, ServicePort,
         SessionAffinity, TargetPort, TrafficPolicy,
     },
 };
 
-/// The annotations that are passed on begin so: they are meant for whoever carries the Service out. Others can be large, and are
-/// nobody's business on every node.
+/// Annotations that begin so are meant for whoever carries the Service out. Others can be large, and are nobody's business on
+/// every node.
 const ANNOTATIONS: &str = "proxier.io/";
+
+/// Which labels and annotations of a Service are passed on, beside those for whoever carries the Service out.
+#[derive(Clone, Debug)]
+pub struct Carried {
+    /// By name.
+    pub labels: GlobSet,
+    /// By name.
+    pub annotations: GlobSet,
+}
+
+impl Carried {
+    /// None.
+    #[must_use]
+    pub const fn none() -> Self {
+        Self { labels: GlobSet::empty(), annotations: GlobSet::empty() }
+    }
+}
 
 /// A Service and its endpoints, whoever asks.
 #[derive(Clone, Debug, PartialEq)]
@@ -54,9 +72,9 @@ pub(super) enum Pod {
 
 impl Exported {
     /// A Service as `snapshot` has it; none if it is not there.
-    pub(super) fn of(snapshot: Snapshot<'_>, name: &ObjectName) -> Option<Self> {
+    pub(super) fn of(snapshot: Snapshot<'_>, name: &ObjectName, carried: &Carried) -> Option<Self> {
         let service = snapshot.catalog.service(name)?;
-        Some(Self { service: message(snapshot, service), endpoints: endpoints(snapshot, name) })
+        Some(Self { service: message(snapshot, service, carried), endpoints: endpoints(snapshot, name) })
     }
 
     /// Whose traffic an endpoint takes; none if nobody's, which is as good as none at all.
@@ -93,7 +111,7 @@ impl ExportedEndpoint {
     }
 }
 
-fn message(snapshot: Snapshot<'_>, service: &Service) -> localv1::Service {
+fn message(snapshot: Snapshot<'_>, service: &Service, carried: &Carried) -> localv1::Service {
     // An address that the Service may not have must not be taken by whatever reads this either.
     let owned: BTreeSet<IpAddr> = Family::ALL
         .into_iter()
@@ -109,13 +127,10 @@ fn message(snapshot: Snapshot<'_>, service: &Service) -> localv1::Service {
         namespace: service.name.namespace.to_string(),
         name: service.name.name.to_string(),
         r#type: service.service_type.to_string(),
-        labels: BTreeMap::new(),
-        annotations: service
-            .annotations
-            .iter()
-            .filter(|(name, _)| name.starts_with(ANNOTATIONS))
-            .map(|(name, value)| (name.to_owned(), value.to_owned()))
-            .collect(),
+        labels: chosen(&service.labels, |name| carried.labels.is_match(name)),
+        annotations: chosen(&service.annotations, |name| {
+            name.starts_with(ANNOTATIONS) || carried.annotations.is_match(name)
+        }),
         ips: Some(localv1::ServiceIPs {
             cluster_ips: Some(ip_set(service.cluster_ips.iter().copied())),
             external_ips: Some(ip_set(external_ips)),
@@ -146,6 +161,13 @@ fn message(snapshot: Snapshot<'_>, service: &Service) -> localv1::Service {
             }
         },
     }
+}
+
+fn chosen(all: &Labels, choose: impl Fn(&str) -> bool) -> BTreeMap<String, String> {
+    all.iter()
+        .filter(|(name, _)| choose(name))
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .collect()
 }
 
 fn ip_set(addresses: impl IntoIterator<Item = IpAddr>) -> localv1::IpSet {

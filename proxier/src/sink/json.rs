@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use super::{
     Sink, Snapshot,
-    export::{Exported, Pod},
+    export::{Carried, Exported, Pod},
 };
 use crate::model::NodeName;
 
@@ -22,6 +22,7 @@ use crate::model::NodeName;
 pub struct JsonSink {
     out: Box<dyn Write + Send>,
     node: NodeName,
+    carried: Carried,
     pretty: bool,
     printed: Option<String>,
 }
@@ -38,14 +39,14 @@ impl fmt::Debug for JsonSink {
 impl JsonSink {
     /// Prints to `out` what `node` should do, on one line a Service or, if `pretty`, on many.
     #[must_use]
-    pub fn new(out: Box<dyn Write + Send>, node: NodeName, pretty: bool) -> Self {
-        Self { out, node, pretty, printed: None }
+    pub fn new(out: Box<dyn Write + Send>, node: NodeName, carried: Carried, pretty: bool) -> Self {
+        Self { out, node, carried, pretty, printed: None }
     }
 }
 
 impl Sink for JsonSink {
     fn apply(&mut self, snapshot: Snapshot<'_>) -> anyhow::Result<()> {
-        let text = render(snapshot, &self.node, self.pretty)?;
+        let text = render(snapshot, &self.node, &self.carried, self.pretty)?;
         // Something changed that nobody sees here; the same set again would start whatever reads this for nothing.
         if self.printed.as_ref() == Some(&text) {
             return Ok(());
@@ -58,10 +59,15 @@ impl Sink for JsonSink {
 }
 
 /// All Services of `snapshot`, as lines.
-fn render(snapshot: Snapshot<'_>, node: &NodeName, pretty: bool) -> Result<String, serde_json::Error> {
+fn render(
+    snapshot: Snapshot<'_>,
+    node: &NodeName,
+    carried: &Carried,
+    pretty: bool,
+) -> Result<String, serde_json::Error> {
     let mut text = String::new();
     for service in snapshot.catalog.services() {
-        let Some(exported) = Exported::of(snapshot, &service.name) else { continue };
+        let Some(exported) = Exported::of(snapshot, &service.name, carried) else { continue };
         let line = Line { service: (&exported.service).into(), endpoints: endpoints(&exported, node) };
         text += &if pretty { serde_json::to_string_pretty(&line)? } else { serde_json::to_string(&line)? };
         text.push('\n');

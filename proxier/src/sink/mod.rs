@@ -1,8 +1,9 @@
-//! Where the desired state goes: the kernel (`bpf`), or a line of JSON (`json`).
+//! Where the desired state goes: the kernel (`bpf`), or, in kpng's form (`export`), other backends (`api`) or lines of JSON
+//! (`json`).
 
 pub mod api;
 pub mod bpf;
-mod export;
+pub mod export;
 pub mod json;
 
 use thiserror::Error;

@@ -1,5 +1,7 @@
 use std::sync::{Arc, Mutex};
 
+use globset::{Glob, GlobSet};
+
 use super::*;
 use crate::{
     catalog::Catalog,
@@ -25,6 +27,7 @@ fn lines(objects: impl IntoIterator<Item = Object>, node: &str) -> Vec<String> {
     let text = render(
         Snapshot { catalog: &catalog, desired: &desired, scope: &Scope::All, touched: &Scope::All },
         &node,
+        &Carried::none(),
         false,
     )
     .unwrap();
@@ -141,6 +144,43 @@ fn an_address_that_the_service_may_not_have_is_not_printed() {
     assert!(printed[0].contains(r#""ExternalIPs":{"V4":["10.0.0.55"]}"#), "{}", printed[0]);
 }
 
+#[test]
+fn labels_and_annotations_are_passed_on_if_asked_for_and_those_for_proxier_always() {
+    let service = Service {
+        labels: [("app", "pbx"), ("tier", "voice")].into_iter().collect(),
+        annotations: [
+            ("proxier.io/balance", "flow"),
+            ("example.com/a", "1"),
+            ("example.com/b", "2"),
+            ("x", "3"),
+        ]
+        .into_iter()
+        .collect(),
+        ..mk_service("web", ["10.0.0.55"])
+    };
+    let carried = |labels, annotations| Carried {
+        labels: GlobSet::new([Glob::new(labels).unwrap()]).unwrap(),
+        annotations: GlobSet::new([Glob::new(annotations).unwrap()]).unwrap(),
+    };
+    let printed = |carried: &Carried| {
+        let mut catalog = Catalog::default();
+        catalog.apply(service.clone().into());
+        let node = NodeName::new("node1");
+        let (desired, _) = compute(&catalog, &Settings::new(node.clone()));
+        let (scope, touched) = (&Scope::All, &Scope::All);
+        let snapshot = Snapshot { catalog: &catalog, desired: &desired, scope, touched };
+        let line: serde_json::Value =
+            serde_json::from_str(&render(snapshot, &node, carried, false).unwrap()).unwrap();
+        (line["Service"]["Labels"].clone(), line["Service"]["Annotations"].clone())
+    };
+    let own = serde_json::json!({"proxier.io/balance": "flow"});
+    assert_eq!(printed(&Carried::none()), (serde_json::Value::Null, own));
+    let labels = serde_json::json!({"tier": "voice"});
+    let annotations =
+        serde_json::json!({"proxier.io/balance": "flow", "example.com/a": "1", "example.com/b": "2"});
+    assert_eq!(printed(&carried("t*", "example.com/*")), (labels, annotations));
+}
+
 #[derive(Clone, Default)]
 struct Shared(Arc<Mutex<Vec<u8>>>);
 
@@ -157,7 +197,7 @@ impl Write for Shared {
 #[test]
 fn the_whole_set_is_printed_at_every_change_and_not_without_one() {
     let out = Shared::default();
-    let mut sink = JsonSink::new(Box::new(out.clone()), NodeName::new("node1"), false);
+    let mut sink = JsonSink::new(Box::new(out.clone()), NodeName::new("node1"), Carried::none(), false);
     let mut catalog = Catalog::default();
     let mut apply = |object: Option<Object>| {
         if let Some(object) = object {
