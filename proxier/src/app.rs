@@ -162,8 +162,10 @@ struct Agent<'a> {
     unreported: BTreeSet<Subject>,
     /// When what has been absorbed since the last apply happened.
     triggered: Vec<SystemTime>,
-    /// Whether the sink has applied anything.
+    /// Whether the sink has put anything in force.
     ready: bool,
+    /// Whether it was still at that when it was asked last.
+    underway: bool,
     retry: Option<Retry>,
     /// What the last attempt could not apply, as told.
     failures: Vec<Failure>,
@@ -192,6 +194,7 @@ impl<'a> Agent<'a> {
             scope: Scope::All,
             touched: Scope::All,
             ready: false,
+            underway: false,
             sink,
             state: desired::State::new(settings),
             source_problems: BTreeMap::new(),
@@ -356,10 +359,20 @@ impl<'a> Agent<'a> {
         if self.retry.is_some() {
             return Ok(());
         }
+        self.underway = self.sink.is_underway();
+        if self.underway {
+            return Ok(());
+        }
         self.tellers.observed.applied(start.elapsed());
         for happened in triggered {
             self.tellers.observed.programmed(happened);
         }
+        self.say_ready();
+        Ok(())
+    }
+
+    /// Says so once.
+    fn say_ready(&mut self) {
         if !mem::replace(&mut self.ready, true) {
             let services = self.in_force.services.values();
             let (externals, pods) = services.fold((0, 0), |(externals, pods), service| {
@@ -373,7 +386,6 @@ impl<'a> Agent<'a> {
                 "ready"
             );
         }
-        Ok(())
     }
 
     /// `scope` without these Services.
@@ -504,6 +516,10 @@ impl<'a> Agent<'a> {
             tracing::info!("housekeeping works again");
         }
         self.tick_failed = result.is_err();
+        if self.underway && !self.sink.is_underway() {
+            self.underway = false;
+            self.say_ready();
+        }
         if let Some(condition) = self.sink.condition() {
             self.tellers.observed.attached(&condition.interfaces);
             self.tellers.observed.pins(condition.pinned);

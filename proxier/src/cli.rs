@@ -41,6 +41,7 @@ use crate::{
         Sink,
         api::{ApiSink, DEFAULT_LISTEN_ADDRESS, ListenAddress, Taken, TlsFiles, WithApi},
         bpf::{self, AttachMode, BpfSink, inspect},
+        exec::{ExecSink, arguments::ExecArgs},
         export::Carried,
         json::JsonSink,
     },
@@ -146,6 +147,11 @@ enum SinkCommand {
     ToApi(ToApiArgs),
     /// Print the whole state at every change, one JSON object per Service per line, in kpng-json's shape
     ToJson(ToJsonArgs),
+    /// Call a program at every change, with the lines of to-json on its standard input
+    #[command(
+        override_usage = "proxier <SOURCE> to-exec [OPTIONS] -- CMD [ARGS]\n       CALLOUT=CMD proxier <SOURCE> to-exec [OPTIONS]"
+    )]
+    ToExec(ToExecArgs),
 }
 
 #[derive(Debug, Args)]
@@ -259,6 +265,18 @@ struct ToJsonArgs {
     carried: CarriedArgs,
     #[command(flatten)]
     externals: ExternalArgs,
+}
+
+#[derive(Debug, Args)]
+struct ToExecArgs {
+    #[command(flatten)]
+    exec: ExecArgs,
+    #[command(flatten)]
+    carried: CarriedArgs,
+    #[command(flatten)]
+    externals: ExternalArgs,
+    #[command(flatten)]
+    listen: ListenArgs,
 }
 
 /// Which external addresses count.
@@ -478,7 +496,10 @@ where
     S: FnOnce(Arc<dyn Onlooker>) -> anyhow::Result<mpsc::Receiver<Batch>>,
 {
     let node = self::node_name(node_name)?;
-    listen::raise_descriptor_limit();
+    // A command would inherit it, and may be what the limit is low for.
+    if !matches!(sink, SinkCommand::ToExec(_)) {
+        listen::raise_descriptor_limit();
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -549,6 +570,25 @@ where
                 let tellers = Tellers::new(observed);
                 // The lines may be read anywhere, so what this host's interfaces have does not matter.
                 app::run(batches, &mut json, settings, tellers, until, Machine::Any, shutdown).await
+            }
+            SinkCommand::ToExec(sink) => {
+                let settings = settings(node.clone(), sink.externals);
+                let timing = sink.exec.timing();
+                let invocation = sink.exec.invocation(&node)?;
+                let carried = sink.carried.carried()?;
+                let observed = Observed::new(&node, kind, None);
+                let _servers = http::serve(&observed, sink.listen);
+                let onlooker = observed.runs(timing.longest_run());
+                let batches = start(observed.onlooker())?;
+                let out = Box::new(io::stdout());
+                let mut exec = ExecSink::start(invocation, timing, node, carried, out, onlooker);
+                let tellers = Tellers::new(observed);
+                // The lines are those of `to-json`.
+                let result =
+                    app::run(batches, &mut exec, settings, tellers, Until::Signalled, Machine::Any, shutdown)
+                        .await;
+                exec.stop().await;
+                result
             }
         }
     })

@@ -64,6 +64,8 @@ pub struct Metrics {
     api_clients: Gauge,
     api_batches: Counter,
     api_steps: Family<Labels<1>, Counter>,
+    exec_runs: Family<Labels<1>, Counter>,
+    exec_duration: Family<Labels<1>, Histogram, fn() -> Histogram>,
 }
 
 impl Metrics {
@@ -94,6 +96,11 @@ impl Metrics {
             api_clients: Gauge::default(),
             api_batches: Counter::default(),
             api_steps: Family::default(),
+            exec_runs: Family::default(),
+            // To beyond a minute: the longest is the user's to say.
+            exec_duration: Family::new_with_constructor(|| {
+                Histogram::new(exponential_buckets(0.004, 2.0, 15))
+            }),
         };
         metrics.counts(&Counts::default());
         metrics.problems(&[]);
@@ -212,6 +219,12 @@ impl Metrics {
             "Values that clients of the API were told of, by whether they are there or have gone",
             self.api_steps.clone(),
         );
+        registry.register("exec_runs", "Runs of the command, by what came of them", self.exec_runs.clone());
+        registry.register(
+            "exec_run_duration_seconds",
+            "How long a run of the command took, by what came of it",
+            self.exec_duration.clone(),
+        );
     }
 
     /// All of it, in the format of [`CONTENT_TYPE`]. Reads maps and files: to be called where that may take its time.
@@ -324,6 +337,13 @@ impl Metrics {
     /// A client of the API is told of a value. `op` is a word of a short list.
     pub fn api_step(&self, op: &'static str) {
         self.api_steps.get_or_create(&[("op", op)]).inc();
+    }
+
+    /// A run of the command has ended; that took so long. `result` is a word of a short list.
+    pub fn ran(&self, result: &'static str, took: Duration) {
+        let labels = [("result", result)];
+        self.exec_runs.get_or_create(&labels).inc();
+        self.exec_duration.get_or_create(&labels).observe(took.as_secs_f64());
     }
 
     /// So many interfaces carry the programs.
@@ -449,6 +469,8 @@ mod tests {
         metrics.event_published("Programmed");
         metrics.event_dropped("rate-limited");
         metrics.attached(2, 7);
+        metrics.ran("ok", Duration::from_millis(5));
+        metrics.ran("timeout", Duration::from_secs(10));
         metrics
     }
 
@@ -484,6 +506,10 @@ mod tests {
                 "proxier_events_dropped_total{why=\"rate-limited\"} 1",
                 "proxier_attached_interfaces{role=\"uplink\"} 2",
                 "proxier_attached_interfaces{role=\"pod-link\"} 7",
+                "proxier_exec_runs_total{result=\"ok\"} 1",
+                "proxier_exec_run_duration_seconds_bucket{le=\"0.004\",result=\"ok\"} 0",
+                "proxier_exec_run_duration_seconds_bucket{le=\"0.008\",result=\"ok\"} 1",
+                "proxier_exec_run_duration_seconds_count{result=\"timeout\"} 1",
                 "proxier_live 1",
                 "proxier_ready 0",
             ],

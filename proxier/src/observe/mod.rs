@@ -12,6 +12,7 @@ pub mod metrics;
 pub mod notices;
 pub mod observed;
 pub mod report;
+mod runs;
 pub mod service_health;
 pub mod status;
 pub mod table;

@@ -186,6 +186,10 @@ impl<S: Sink> Sink for WithApi<S> {
         self.sink.condition()
     }
 
+    fn is_underway(&self) -> bool {
+        self.sink.is_underway()
+    }
+
     fn tick(&mut self) -> anyhow::Result<()> {
         let served = self.api.tick();
         self.sink.tick().and(served)

@@ -58,8 +58,8 @@ impl Sink for JsonSink {
     }
 }
 
-/// All Services of `snapshot`, as lines.
-fn render(
+/// All Services of `snapshot`, as lines. Empty if it has none.
+pub(super) fn render(
     snapshot: Snapshot<'_>,
     node: &NodeName,
     carried: &Carried,

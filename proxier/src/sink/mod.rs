@@ -1,8 +1,9 @@
-//! Where the desired state goes: the kernel (`bpf`), or, in kpng's form (`export`), other backends (`api`) or lines of JSON
-//! (`json`).
+//! Where the desired state goes: the kernel (`bpf`), or, in kpng's form (`export`), other backends (`api`), a program that is
+//! called (`exec`) or lines of JSON (`json`).
 
 pub mod api;
 pub mod bpf;
+pub mod exec;
 pub mod export;
 pub mod json;
 
@@ -91,6 +92,12 @@ pub trait Sink {
     /// What can be seen of the sink beside what it has applied; none if there is nothing.
     fn condition(&self) -> Option<Condition> {
         None
+    }
+
+    /// Whether something of what [`Sink::apply`] was given last is still to be put in force by somebody who does that in his own
+    /// time, and tells by himself when he is done or has failed. Asked after each [`Sink::apply`] and about once a second.
+    fn is_underway(&self) -> bool {
+        false
     }
 
     /// Called about once a second, for housekeeping.
