@@ -59,7 +59,9 @@ pub struct AgentSpec {
     pub log: PathBuf,
     /// The interface it attaches to.
     pub uplink: String,
-    /// More arguments, after `to-bpf`.
+    /// The words that name another sink than `to-bpf`, with its flags.
+    pub sink: Option<Vec<OsString>>,
+    /// More arguments, after the sink.
     pub arguments: Vec<OsString>,
     /// More environment.
     pub environment: Vec<(OsString, OsString)>,
@@ -75,6 +77,7 @@ impl AgentSpec {
             source: vec!["file".into(), "--input".into(), manifests.into()],
             log: log.to_owned(),
             uplink: UPLINK.to_owned(),
+            sink: None,
             arguments: Vec::new(),
             environment: Vec::new(),
         }
@@ -84,6 +87,13 @@ impl AgentSpec {
     #[must_use]
     pub fn with_arguments(mut self, arguments: &[&str]) -> Self {
         self.arguments.extend(arguments.iter().map(OsString::from));
+        self
+    }
+
+    /// The same with another sink than `to-bpf`: its name, and its flags.
+    #[must_use]
+    pub fn with_sink(mut self, words: &[&OsStr]) -> Self {
+        self.sink = Some(words.iter().map(OsString::from).collect());
         self
     }
 
@@ -99,13 +109,17 @@ impl AgentSpec {
             .open(&self.log)
             .with_context(|| format!("cannot write {}", self.log.display()))?;
         let log_start = log.metadata()?.len();
+        let to_bpf = || -> Vec<OsString> {
+            let words = ["to-bpf", "--uplink", &self.uplink, "--pin-path"].map(OsString::from);
+            words.into_iter().chain([lab.pin_path().into()]).collect()
+        };
         let child = lab
             .node
             .namespace
             .command(&self.binary)?
             .args(&self.source)
-            .args(["--node-name", NODE_NAME, "to-bpf", "--uplink", &self.uplink, "--pin-path"])
-            .arg(lab.pin_path())
+            .args(["--node-name", NODE_NAME])
+            .args(self.sink.clone().unwrap_or_else(to_bpf))
             .args(&self.arguments)
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())

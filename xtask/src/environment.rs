@@ -28,6 +28,8 @@ pub(crate) const LAB_TOOLS: &[Tool] = &[
     tool("bpftool", &["bpftool", "linux-tools-generic"], "shows the maps with the names of their fields"),
     tool("tcpdump", &["tcpdump"], "packets as the client and the pod see them"),
     tool("nft", &["nftables"], "netfilter rules next to proxier"),
+    tool("iptables", &["iptables"], "the rules of an example's script"),
+    tool("jq", &["jq"], "reads the lines of to-json in scripts of examples"),
     tool("ethtool", &["ethtool"], "checksum and segmentation offloads of the lab's interfaces"),
     tool("nsenter", &["util-linux"], "commands in a namespace of the lab"),
 ];
