@@ -59,7 +59,11 @@ impl Machine {
         files.insert(object.to_owned());
         let examples = workspace().join("deploy/examples");
         for entry in fs::read_dir(&examples).with_context(|| format!("{}", examples.display()))? {
-            files.insert(entry?.path());
+            let path = entry?.path();
+            // Manifests; what is in folders beside them is for other tests.
+            if path.is_file() {
+                files.insert(path);
+            }
         }
         // The lab finds the examples from its own folder, which has to be there, if empty.
         let tests = workspace().join("tests");
