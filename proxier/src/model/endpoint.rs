@@ -94,6 +94,25 @@ impl<'a> IntoIterator for &'a Addresses {
     }
 }
 
+/// What an address is, if no pod can have it: the API server refuses these, others say anything.
+#[must_use]
+pub fn not_a_pods(address: IpAddr) -> Option<&'static str> {
+    let link_local = match address {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    let mapped = matches!(address, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some());
+    [
+        (address.is_unspecified(), "the unspecified address"),
+        (address.is_loopback(), "a loopback address"),
+        (address.is_multicast(), "a multicast address"),
+        (link_local, "a link-local address"),
+        (mapped, "an IPv4 address written as IPv6"),
+    ]
+    .into_iter()
+    .find_map(|(is, what)| is.then_some(what))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

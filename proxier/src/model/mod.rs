@@ -12,13 +12,14 @@ pub(crate) mod testing;
 use std::{fmt, net::IpAddr, sync::Arc};
 
 pub use self::{
-    endpoint::{Addresses, Endpoint, EndpointPort, EndpointSlice},
+    endpoint::{Addresses, Endpoint, EndpointPort, EndpointSlice, not_a_pods},
     labels::Labels,
     node::{Node, NodeName},
     problem::{Place, Problem, ProblemKind, Severity, Subject},
     service::{
-        CreationTime, DEFAULT_AFFINITY_TIMEOUT_SECONDS, IpMode, LoadBalancerIngress, Protocol, Service,
-        ServicePort, ServiceType, SessionAffinity, TargetPort, TrafficPolicy,
+        CreationTime, DEFAULT_AFFINITY_TIMEOUT_SECONDS, IpMode, LoadBalancerIngress,
+        MAX_AFFINITY_TIMEOUT_SECONDS, Protocol, Service, ServicePort, ServiceType, SessionAffinity,
+        TargetPort, TrafficPolicy,
     },
 };
 

@@ -150,6 +150,8 @@ pub enum SessionAffinity {
 /// What `sessionAffinityConfig.clientIP.timeoutSeconds` is where nothing is said: three hours, as the API server fills
 /// in.
 pub const DEFAULT_AFFINITY_TIMEOUT_SECONDS: u32 = 10_800;
+/// The API server's limit for it: a day.
+pub const MAX_AFFINITY_TIMEOUT_SECONDS: u32 = 86_400;
 
 /// Which pods traffic may go to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

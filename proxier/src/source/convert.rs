@@ -15,8 +15,9 @@ use proxier_common::MAX_NAME;
 
 use crate::model::{
     CreationTime, DEFAULT_AFFINITY_TIMEOUT_SECONDS, Endpoint, EndpointPort, EndpointSlice, Family, IpMode,
-    Labels, LoadBalancerIngress, Node, NodeName, ObjectId, ObjectName, Problem, Protocol, Service,
-    ServicePort, ServiceType, SessionAffinity, Severity, Subject, TargetPort, TrafficPolicy,
+    Labels, LoadBalancerIngress, MAX_AFFINITY_TIMEOUT_SECONDS, Node, NodeName, ObjectId, ObjectName, Problem,
+    Protocol, Service, ServicePort, ServiceType, SessionAffinity, Severity, Subject, TargetPort,
+    TrafficPolicy, not_a_pods,
 };
 
 /// Ties an EndpointSlice to its Service.
@@ -29,9 +30,6 @@ const LAST_APPLIED_ANNOTATION: &str = "kubectl.kubernetes.io/last-applied-config
 
 /// Leading bits that all v4-mapped IPv6 addresses have in common.
 const V4_MAPPED_BITS: u8 = 96;
-
-/// The API server's limit for `sessionAffinityConfig.clientIP.timeoutSeconds`: a day.
-const MAX_AFFINITY_TIMEOUT_SECONDS: u32 = 86_400;
 
 /// An object, and what of it could not be taken over.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -487,24 +485,6 @@ fn convert_endpoint(
             Some(ObjectName::new(namespace.map_or_else(|| Arc::clone(&slice.namespace), Into::into), name))
         }),
     }
-}
-
-/// What an address is, if no pod can have it: the API server refuses these, a manifest says anything.
-fn not_a_pods(address: IpAddr) -> Option<&'static str> {
-    let link_local = match address {
-        IpAddr::V4(v4) => v4.is_link_local(),
-        IpAddr::V6(v6) => v6.is_unicast_link_local(),
-    };
-    let mapped = matches!(address, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some());
-    [
-        (address.is_unspecified(), "the unspecified address"),
-        (address.is_loopback(), "a loopback address"),
-        (address.is_multicast(), "a multicast address"),
-        (link_local, "a link-local address"),
-        (mapped, "an IPv4 address written as IPv6"),
-    ]
-    .into_iter()
-    .find_map(|(is, what)| is.then_some(what))
 }
 
 /// Converts a Node.

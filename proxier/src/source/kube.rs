@@ -31,14 +31,15 @@ use tokio::sync::mpsc;
 
 use self::{
     batches::{Pending, Update},
-    failure::{Failure, chain},
+    failure::Failure,
     follow::{Follower, Id, follow, id},
     link::Link,
-    standing::Reporter,
 };
 use super::{
     Batch, Onlooker,
     convert::{self, Converted, Refused, SERVICE_NAME_LABEL, SERVICE_PROXY_NAME_LABEL},
+    standing::Reporter,
+    words::chain,
 };
 use crate::model::{NodeName, Object, ObjectId, ObjectName};
 
@@ -46,11 +47,9 @@ mod batches;
 mod failure;
 mod follow;
 mod link;
-mod patience;
-mod standing;
 
 pub(crate) use self::failure::words;
-pub use self::patience::Timing;
+pub use super::patience::Timing;
 
 /// What the command line says about this source.
 #[derive(Clone, Debug)]
@@ -224,7 +223,7 @@ pub fn spawn(
     onlooker: Arc<dyn Onlooker>,
 ) -> anyhow::Result<mpsc::Receiver<Batch>> {
     let timing = options.timing;
-    let reporter = Reporter::new(&url(&server.config), &RESOURCES, onlooker);
+    let reporter = Reporter::new(format!("the API server {}", url(&server.config)), &RESOURCES, onlooker);
     let client = |resource| {
         let accepted = {
             let reporter = reporter.clone();
@@ -302,7 +301,7 @@ impl Feed {
     }
 
     fn failed(&self, failure: &Failure) {
-        self.reporter.failed(self.resource, failure);
+        self.reporter.failed(self.resource, failure.kind, &failure.reason);
     }
 }
 

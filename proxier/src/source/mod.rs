@@ -13,6 +13,9 @@ pub mod directory;
 pub mod file;
 pub mod kube;
 pub mod manifest;
+mod patience;
+mod standing;
+mod words;
 
 /// What happened to an object.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -10,10 +10,9 @@ use std::{
 
 use tokio::sync::mpsc;
 
-use super::standing::Reporter;
 use crate::{
     model::{Object, ObjectId, Problem},
-    source::{Batch, Event, TURN},
+    source::{Batch, Event, TURN, standing::Reporter},
 };
 
 /// What a watch has seen.

@@ -1,14 +1,14 @@
 //! What went wrong with the API server, in words that an operator can act on; and what to do about it.
 
-use std::{error::Error, io, iter, time::Duration};
+use std::{io, time::Duration};
 
 use hyper_util::client::legacy;
 use kube::{core::Status, runtime::watcher};
 
-use super::patience::LONGEST_WAIT;
-
-/// More of an answer than this nobody reads.
-const MAX_WORDS: usize = 300;
+use crate::source::{
+    patience::LONGEST_WAIT,
+    words::{causes, chain, quote},
+};
 
 /// The [`Failure::kind`] of a resourceVersion that is too old.
 const GONE: &str = "gone";
@@ -173,47 +173,12 @@ fn status(status: &Status, resource: &str) -> Failure {
     }
 }
 
-/// Somebody else's words within a line of the log: what stands between may answer with a page.
-fn quote(words: &str) -> String {
-    let words = words.trim();
-    if words.starts_with('<') {
-        return "a web page".to_owned();
-    }
-    let printable = |c: char| if c.is_whitespace() || c.is_control() { ' ' } else { c };
-    let line: String = words.chars().take(MAX_WORDS).map(printable).collect();
-    let line = line.trim_end_matches(['.', ' ']);
-    if words.chars().nth(MAX_WORDS).is_some() { format!("{line}...") } else { line.to_owned() }
-}
-
 /// What a request failed with, for a line of the log: the server's words, or why there are none.
 pub(crate) fn words(error: &kube::Error) -> String {
     match error {
         kube::Error::Api(status) => quote(&status.message),
         error => quote(&causes(error).last().map(ToString::to_string).unwrap_or_default()),
     }
-}
-
-/// An error and its causes, each once: some of them repeat what is below.
-pub(super) fn chain(error: &(dyn Error + 'static)) -> String {
-    let mut text = error.to_string();
-    for cause in causes(error) {
-        let words = cause.to_string();
-        if !text.contains(&words) {
-            text = format!("{text}: {words}");
-        }
-    }
-    quote(text.lines().next().unwrap_or_default())
-}
-
-/// An error and what is below it, outermost first.
-fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
-    iter::successors(Some(error), |&error: &&'a (dyn Error + 'static)| {
-        // One that wraps another names as its source what is below the other.
-        match error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
-            Some(wrapped) => Some(wrapped),
-            None => error.source(),
-        }
-    })
 }
 
 #[cfg(test)]
@@ -229,6 +194,7 @@ mod tests {
     };
 
     use super::*;
+    use crate::source::words::MAX_WORDS;
 
     fn of_status(status: serde_json::Value) -> Failure {
         let status: Status = serde_json::from_value(status).unwrap();

@@ -14,10 +14,8 @@ use kube::{
 use serde::de::DeserializeOwned;
 use tokio::time::sleep;
 
-use super::{
-    failure::Failure,
-    patience::{Patience, Timing},
-};
+use super::failure::Failure;
+use crate::source::patience::{Patience, Timing};
 
 /// What is watched, and who is told.
 pub(super) trait Follower<K>: Send {

@@ -14,7 +14,7 @@ use kube::client::Body;
 use tokio::time::{Instant, sleep_until};
 use tower::{Layer, Service};
 
-use super::patience::{LONGEST_WAIT, Patience, Timing};
+use crate::source::patience::{LONGEST_WAIT, Patience, Timing};
 
 /// Makes the watches that pass keep their distance, and all requests the pause that the server asks for; tells when the server
 /// has accepted a watch.

@@ -1,4 +1,4 @@
-//! How long to wait before asking the API server again: ever longer while it fails, short again once it has answered for a
+//! How long to wait before asking a server again: ever longer while it fails, short again once it has answered for a
 //! while. Without this, a server that ends every watch at once would be asked as fast as the network allows.
 
 use std::time::Duration;
@@ -9,7 +9,7 @@ use tokio::time::Instant;
 /// A server that asks to be left alone for longer is asked again all the same.
 pub(super) const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
-/// How often an API server is asked, and how long it may be silent.
+/// How often a server is asked, and how long it may be silent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timing {
     /// The first pause after a failure, and the least time between two.

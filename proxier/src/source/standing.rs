@@ -1,5 +1,5 @@
-//! How the source stands with the API server: for whoever asks, and as lines in the log, few of them. Four watches that lose
-//! the same server are one outage, and a watch that is back at the next attempt was none.
+//! How a source stands with its server: for whoever asks, and as lines in the log, few of them. Four watches that lose the same
+//! server are one outage, and a watch that is back at the next attempt was none.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -8,8 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::failure::Failure;
-use crate::source::Onlooker;
+use super::Onlooker;
 
 /// Different things that are said of one outage: a server's own words may have numbers in them that change every time.
 const MOST_SAID: usize = 8;
@@ -67,7 +66,7 @@ impl Outage {
     }
 
     /// A watch has failed. Returns whether that is worth a line.
-    fn failed(&mut self, resource: &'static str, failure: &Failure, now: Instant) -> bool {
+    fn failed(&mut self, resource: &'static str, kind: &'static str, reason: &str, now: Instant) -> bool {
         if let Some(since) = self.over_since() {
             self.began = now;
             if now.duration_since(since) > FORGOTTEN {
@@ -79,15 +78,15 @@ impl Outage {
             *watch = Watch::NEW;
         }
         watch.accepted = None;
-        watch.failures = if watch.kind == failure.kind { watch.failures + 1 } else { 1 };
-        watch.kind = failure.kind;
+        watch.failures = if watch.kind == kind { watch.failures + 1 } else { 1 };
+        watch.kind = kind;
         watch.all_failures += 1;
         // Whoever starts the agent is waiting. Later, once is no trouble: a server that starts again refuses everybody for a
         // second, and one that is back after long has forgotten what we know.
         let is_trouble = !self.connected_before
             || watch.failures > 1
             || (self.told.is_empty() && watch.all_failures > MOST_KINDS);
-        let is_news = is_trouble && self.told.len() < MOST_SAID && self.told.insert(failure.reason.clone());
+        let is_news = is_trouble && self.told.len() < MOST_SAID && self.told.insert(reason.to_owned());
         self.told_over &= !is_news;
         is_news
     }
@@ -122,8 +121,9 @@ impl fmt::Debug for Reporter {
 }
 
 impl Reporter {
-    /// Of watches of these `resources`, none of which has been accepted.
-    pub(super) fn new(server: &str, resources: &[&'static str], onlooker: Arc<dyn Onlooker>) -> Self {
+    /// Of watches of these `resources`, none of which has been accepted. `server` says what sort of server it is and where, as a
+    /// sentence would (`the API server https://192.0.2.1`).
+    pub(super) fn new(server: String, resources: &[&'static str], onlooker: Arc<dyn Onlooker>) -> Self {
         let outage = Outage {
             began: Instant::now(),
             watches: resources.iter().map(|resource| (*resource, Watch::NEW)).collect(),
@@ -144,13 +144,13 @@ impl Reporter {
         self.outage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A watch of `resource` has failed.
-    pub(super) fn failed(&self, resource: &'static str, failure: &Failure) {
-        let Failure { kind, reason, .. } = failure;
+    /// A watch of `resource` has failed. `kind` is what it is in a word, `reason` the reason and the next step; it continues a
+    /// sentence that began with the server's name.
+    pub(super) fn failed(&self, resource: &'static str, kind: &'static str, reason: &str) {
         self.onlooker.failed(resource, kind, reason);
         let (is_news, connected_before) = {
             let mut outage = self.outage();
-            (outage.failed(resource, failure, Instant::now()), outage.connected_before)
+            (outage.failed(resource, kind, reason, Instant::now()), outage.connected_before)
         };
         let server = &*self.server;
         if is_news {
@@ -159,9 +159,9 @@ impl Reporter {
             } else {
                 "before that is mended nothing is changed"
             };
-            tracing::warn!(resource, "the API server {server} {reason}; {meanwhile}");
+            tracing::warn!(resource, "{server} {reason}; {meanwhile}");
         } else {
-            tracing::debug!(resource, "the API server {server} {reason}");
+            tracing::debug!(resource, "{server} {reason}");
         }
     }
 
@@ -169,7 +169,7 @@ impl Reporter {
     pub(super) fn accepted(&self, resource: &'static str) {
         self.onlooker.connected(resource);
         if self.outage().accepted(resource, Instant::now()) {
-            tracing::info!("connected to the API server {}", self.server);
+            tracing::info!("connected to {}", self.server);
         }
     }
 
@@ -177,7 +177,7 @@ impl Reporter {
     pub(super) fn turned(&self) {
         self.onlooker.turned();
         if let Some(away) = self.outage().ended(Instant::now()) {
-            tracing::info!(away_seconds = away.as_secs(), "the API server {} answers again", self.server);
+            tracing::info!(away_seconds = away.as_secs(), "{} answers again", self.server);
         }
     }
 }
@@ -206,19 +206,15 @@ mod tests {
         fn turned(&self) {}
     }
 
-    fn failure(reason: &str) -> Failure {
-        Failure { kind: "connection", reason: reason.to_owned(), start_over: false, retry_after: None }
-    }
-
     fn reporter(onlooker: &Arc<Remembering>) -> Reporter {
-        Reporter::new("https://192.0.2.1", &["services", "nodes"], onlooker.clone())
+        Reporter::new("the API server https://192.0.2.1".to_owned(), &["services", "nodes"], onlooker.clone())
     }
 
     #[test]
     fn who_looks_on_is_told_of_every_failure_and_success() {
         let onlooker = Arc::new(Remembering::default());
         let reporter = reporter(&onlooker);
-        reporter.failed("services", &failure("is asleep"));
+        reporter.failed("services", "connection", "is asleep");
         assert_eq!(onlooker.0.lock().unwrap()["services"], "is asleep");
         reporter.accepted("services");
         assert!(onlooker.0.lock().unwrap().is_empty());
@@ -228,10 +224,10 @@ mod tests {
     fn the_first_failure_of_an_agent_is_said_and_once_for_all_watches() {
         let reporter = reporter(&Arc::default());
         let (mut outage, now) = (reporter.outage(), Instant::now());
-        assert!(outage.failed("services", &failure("is asleep"), now));
-        assert!(!outage.failed("services", &failure("is asleep"), now));
-        assert!(!outage.failed("nodes", &failure("is asleep"), now));
-        assert!(outage.failed("nodes", &failure("is ill"), now));
+        assert!(outage.failed("services", "connection", "is asleep", now));
+        assert!(!outage.failed("services", "connection", "is asleep", now));
+        assert!(!outage.failed("nodes", "connection", "is asleep", now));
+        assert!(outage.failed("nodes", "connection", "is ill", now));
         assert!(!outage.accepted("nodes", now));
         assert!(outage.accepted("services", now), "now all are");
         assert!(!outage.accepted("services", now), "that is no news");
@@ -256,8 +252,8 @@ mod tests {
         let reporter = connected();
         let mut outage = reporter.outage();
         // One attempt is not worth a line; the next is.
-        assert!(!outage.failed("services", &failure("is asleep"), at(100)));
-        assert!(outage.failed("services", &failure("is asleep"), at(101)));
+        assert!(!outage.failed("services", "connection", "is asleep", at(100)));
+        assert!(outage.failed("services", "connection", "is asleep", at(101)));
         assert!(!outage.accepted("services", at(110)));
         assert_eq!(outage.ended(at(111)), None);
         assert_eq!(outage.ended(at(114)).map(|away| away.as_secs()), Some(10));
@@ -271,36 +267,33 @@ mod tests {
         let mut lines = 0;
         for round in 0..100 {
             outage.accepted("services", at(round * 30));
-            lines += u32::from(outage.failed("services", &failure("talks nonsense"), at(round * 30 + 1)));
+            lines += u32::from(outage.failed("services", "connection", "talks nonsense", at(round * 30 + 1)));
             assert_eq!(outage.ended(at(round * 30 + 5)), None);
         }
         assert_eq!(lines, 1);
         outage.accepted("services", at(3000));
         assert!(outage.ended(at(3005)).is_some());
         // After a time of peace the same is news again.
-        assert!(!outage.failed("services", &failure("talks nonsense"), at(4000)));
-        assert!(outage.failed("services", &failure("talks nonsense"), at(4001)));
+        assert!(!outage.failed("services", "connection", "talks nonsense", at(4000)));
+        assert!(outage.failed("services", "connection", "talks nonsense", at(4001)));
     }
 
     #[test]
     fn what_comes_once_in_a_return_is_no_trouble_of_its_own() {
         let reporter = connected();
         let mut outage = reporter.outage();
-        let of_kind = |kind, reason| Failure { kind, ..failure(reason) };
-        outage.failed("services", &failure("is asleep"), at(0));
-        assert!(outage.failed("services", &failure("is asleep"), at(1)));
-        assert!(!outage.failed("services", &of_kind("forbidden", "does not know us"), at(2)));
-        assert!(!outage.failed("services", &of_kind("gone", "too old: 1"), at(3)));
-        assert!(outage.failed("services", &of_kind("gone", "too old: 2"), at(4)), "lists do not help");
+        outage.failed("services", "connection", "is asleep", at(0));
+        assert!(outage.failed("services", "connection", "is asleep", at(1)));
+        assert!(!outage.failed("services", "forbidden", "does not know us", at(2)));
+        assert!(!outage.failed("services", "gone", "too old: 1", at(3)));
+        assert!(outage.failed("services", "gone", "too old: 2", at(4)), "lists do not help");
     }
 
     #[test]
     fn a_server_that_fails_in_another_way_each_time_is_said_as_well() {
         let reporter = connected();
         let kinds = ["connection", "server-error"].into_iter().cycle().take(10);
-        let lines = kinds.filter(|kind| {
-            reporter.outage().failed("services", &Failure { kind, ..failure("is ill") }, Instant::now())
-        });
+        let lines = kinds.filter(|kind| reporter.outage().failed("services", kind, "is ill", Instant::now()));
         assert_eq!(lines.count(), 1);
     }
 
@@ -308,7 +301,7 @@ mod tests {
     fn a_server_whose_words_change_every_time_does_not_fill_the_log() {
         let reporter = reporter(&Arc::default());
         let lines = (0..1000).filter(|n| {
-            reporter.outage().failed("services", &failure(&format!("request {n} failed")), Instant::now())
+            reporter.outage().failed("services", "connection", &format!("request {n} failed"), Instant::now())
         });
         assert_eq!(lines.count(), MOST_SAID);
     }
