@@ -16,6 +16,7 @@ use anyhow::Context as _;
 use clap::{
     Arg, Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand,
     builder::{BoolishValueParser, Resettable},
+    error::ErrorKind,
 };
 use globset::{Glob, GlobSet};
 use ipnet::IpNet;
@@ -45,7 +46,7 @@ use crate::{
         export::Carried,
         json::JsonSink,
     },
-    source::{Batch, Onlooker, directory::Directory, file, kube},
+    source::{Batch, Onlooker, api, directory::Directory, file, kube},
 };
 
 /// Delivers every port and every protocol of a Service's external addresses to a pod on this node.
@@ -84,6 +85,8 @@ enum Command {
     Kube(KubeArgs),
     /// Take Services, EndpointSlices and Nodes from Kubernetes manifests, and follow their changes
     File(FileArgs),
+    /// Take what this node should do from a server of kpng's API (`proxier kube to-api`, or kpng), and follow its changes
+    Api(ApiArgs),
     /// Detach the programs from all interfaces and remove the pinned maps
     Cleanup(PinArgs),
     /// Show what the kernel has; needs no running agent
@@ -132,6 +135,32 @@ struct FileArgs {
     #[arg(long, env = "PROXIER_SERVICE_PROXY_NAME", value_name = "NAME")]
     service_proxy_name: Option<String>,
     /// This node's name, as EndpointSlices write it [default: the host's name]
+    #[arg(long, env = "NODE_NAME", value_name = "NAME")]
+    node_name: Option<String>,
+    #[command(subcommand)]
+    sink: SinkCommand,
+}
+
+#[derive(Debug, Args)]
+struct ApiArgs {
+    /// Where the server is
+    #[arg(
+        long,
+        env = "PROXIER_API",
+        value_name = "HOST:PORT|tcp://HOST:PORT|unix:///PATH",
+        default_value = api::DEFAULT_ADDRESS
+    )]
+    api: api::Address,
+    /// Speak TLS with a server whose certificate is of an authority in this file (PEM) [default: no TLS]
+    #[arg(long, env = "PROXIER_API_CA", value_name = "FILE")]
+    api_ca: Option<PathBuf>,
+    /// Show the server this certificate (PEM, with its chain); files are read anew at each connection
+    #[arg(long, env = "PROXIER_API_CERT", value_name = "FILE", requires_all = ["api_ca", "api_key"])]
+    api_cert: Option<PathBuf>,
+    /// The key of --api-cert (PEM)
+    #[arg(long, env = "PROXIER_API_KEY", value_name = "FILE", requires = "api_cert")]
+    api_key: Option<PathBuf>,
+    /// The node whose state is asked for [default: the host's name]
     #[arg(long, env = "NODE_NAME", value_name = "NAME")]
     node_name: Option<String>,
     #[command(subcommand)]
@@ -371,6 +400,19 @@ struct StatusArgs {
     metrics_address: SocketAddr,
 }
 
+impl Cli {
+    /// Refuses what the grammar cannot say to be wrong.
+    fn checked(self) -> Result<Self, clap::Error> {
+        if let Command::Api(ApiArgs { api: api::Address::Unix(_), api_ca: Some(_), .. }) = &self.command {
+            return Err(Self::command().error(
+                ErrorKind::ArgumentConflict,
+                "the argument '--api-ca <FILE>' is for TCP: a unix socket's owner and mode say who may use it",
+            ));
+        }
+        Ok(self)
+    }
+}
+
 /// Runs the command that the process was started with. 0: done, 1: failed, 2: not understood.
 #[must_use]
 pub fn main() -> ExitCode {
@@ -380,7 +422,7 @@ pub fn main() -> ExitCode {
 
 fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let matches = without_empty_variables(Cli::command()).try_get_matches_from(arguments);
-    let cli = match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
+    let cli = match matches.and_then(|matches| Cli::from_arg_matches(&matches)).and_then(Cli::checked) {
         Ok(cli) => cli,
         Err(error) => {
             // Nothing can be done if not even this can be printed.
@@ -410,6 +452,7 @@ fn execute(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Kube(arguments) => kube(arguments),
         Command::File(arguments) => file(arguments),
+        Command::Api(arguments) => api(arguments),
         Command::Cleanup(pin) => {
             let removed = bpf::cleanup(&pin.pin_path)?;
             if removed.is_empty() {
@@ -474,6 +517,19 @@ fn file(arguments: FileArgs) -> anyhow::Result<()> {
         let directory = Directory::open(input, service_proxy_name)?;
         let start = move |onlooker| file::spawn(directory, onlooker);
         Ok(Found { kind: "file", events: None, start })
+    })
+}
+
+fn api(arguments: ApiArgs) -> anyhow::Result<()> {
+    let ApiArgs { api, api_ca, api_cert, api_key, node_name, sink } = arguments;
+    let node = self::node_name(node_name)?;
+    // The command line has none of the last two without the others.
+    let credentials = api_ca.map(|ca| api::Credentials { ca, identity: api_cert.zip(api_key) });
+    let options = api::Options { credentials, ..api::Options::new(api, node.clone()) };
+    agent(Some(node.to_string()), sink, async move || {
+        let source = api::Source::open(options)?;
+        let start = move |onlooker| Ok(source.spawn(onlooker));
+        Ok(Found { kind: "api", events: None, start })
     })
 }
 

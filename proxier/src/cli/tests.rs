@@ -34,6 +34,28 @@ fn source_and_sink_are_read_with_their_flags() {
 }
 
 #[test]
+fn a_server_of_the_api_is_named_with_what_tls_needs() {
+    let Command::Api(arguments) = parse("proxier api to-json").command else { panic!() };
+    assert_eq!(arguments.api.to_string(), "127.0.0.1:12090");
+    let line = "proxier api --api tcp://kpng:12090 --api-ca /ca --api-cert /cert --api-key /key --node-name n to-bpf";
+    let Command::Api(arguments) = parse(line).command else { panic!() };
+    assert_eq!(arguments.api.to_string(), "kpng:12090");
+    assert_eq!(arguments.api_ca, Some(PathBuf::from("/ca")));
+    assert_eq!(arguments.api_cert.zip(arguments.api_key), Some(("/cert".into(), "/key".into())));
+
+    let refused = |line: &str| {
+        let refused = Cli::try_parse_from(line.split_whitespace()).and_then(Cli::checked).unwrap_err();
+        assert_eq!(refused.exit_code(), 2, "{line}");
+        refused.to_string()
+    };
+    assert!(refused("proxier api --api-ca /ca --api-cert /cert to-json").contains("--api-key <FILE>"));
+    assert!(refused("proxier api --api-ca /ca --api-key /key to-json").contains("--api-cert <FILE>"));
+    assert!(refused("proxier api --api-cert /cert --api-key /key to-json").contains("--api-ca <FILE>"));
+    assert!(refused("proxier api --api unix:///s --api-ca /ca to-json").contains("is for TCP"));
+    assert!(refused("proxier api --api nowhere to-json").contains("there is no port: write host:port"));
+}
+
+#[test]
 fn without_flags_both_kinds_of_external_addresses_count_everywhere() {
     let Command::File(file) = parse("proxier file --input /m to-bpf").command else { panic!() };
     let SinkCommand::ToBpf(sink) = file.sink else { panic!() };

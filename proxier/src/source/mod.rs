@@ -8,6 +8,7 @@ use std::{
 
 use crate::model::{Object, ObjectId, Problem};
 
+pub mod api;
 pub mod convert;
 pub mod directory;
 pub mod file;
