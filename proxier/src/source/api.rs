@@ -8,15 +8,13 @@
 use std::{future::pending, sync::Arc, time::Duration};
 
 use anyhow::anyhow;
-use http::Uri;
-use hyper_util::{client::legacy::connect::HttpConnector, rt::TokioIo};
 use proxier_localv1::{OpItem, WatchReq, sets_client::SetsClient};
-use tokio::{net::UnixStream, sync::mpsc, time};
+use tokio::{sync::mpsc, time};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::{Channel, Endpoint};
-use tower::service_fn;
+use tonic::Status;
 
 use self::{
+    connection::{Channel, Pings, connect, tls},
     failure::Failure,
     import::{Changes, Import, Limits},
 };
@@ -24,11 +22,11 @@ use super::{
     Batch, Event, Onlooker, TURN,
     patience::{Patience, Timing},
     standing::Reporter,
-    words::chain,
 };
 use crate::model::NodeName;
 
 mod address;
+mod connection;
 mod credentials;
 mod failure;
 pub mod import;
@@ -46,16 +44,6 @@ const STATE: &str = "state";
 
 /// The largest message that is read. A Service with as many addresses and ports as etcd would take is a tenth of it.
 const MAX_MESSAGE: usize = 16 << 20;
-
-/// How much may be on the way: the first state of a large cluster takes a few round trips, and not hundreds.
-const WINDOW: u32 = 1 << 20;
-
-/// How often a server is asked whether it is alive that thinks it is asked too often: Go's gRPC, which kpng is made of, breaks off
-/// connections on which nothing happens if that is more often than this.
-const SELDOM: Duration = Duration::from_mins(6);
-
-/// The kernel counts these in seconds.
-const SECOND: Duration = Duration::from_secs(1);
 
 /// What the command line says about this source.
 #[derive(Clone, Debug)]
@@ -77,18 +65,6 @@ impl Options {
         let timing = Timing { silence: Duration::from_secs(30), ..Timing::default() };
         Self { address, credentials: None, node, timing }
     }
-
-    /// What a connection is made with, by files as they are now.
-    fn endpoint(&self) -> Result<Endpoint, String> {
-        let endpoint = Endpoint::from(self.address.uri(self.credentials.is_some()));
-        let Some(credentials) = &self.credentials else { return Ok(endpoint) };
-        endpoint.tls_config(credentials.read()?).map_err(|error| {
-            format!(
-                "the certificates and keys cannot be used: {}; check --api-ca, --api-cert and --api-key",
-                chain(&error)
-            )
-        })
-    }
 }
 
 /// A server that can be followed. Nothing has been sent to it yet.
@@ -104,7 +80,7 @@ impl Source {
     ///
     /// The files for TLS are of no use.
     pub fn open(options: Options) -> anyhow::Result<Self> {
-        match options.endpoint() {
+        match tls(&options) {
             Ok(_) => Ok(Self { options }),
             Err(why) => Err(anyhow!(why)),
         }
@@ -142,6 +118,14 @@ impl Source {
     }
 }
 
+/// How a stream has ended.
+enum Ended {
+    /// With what the server says of it, or what its connection does.
+    With(Status),
+    /// Otherwise.
+    Of(Failure),
+}
+
 /// Follows one server.
 struct Follower {
     options: Options,
@@ -171,14 +155,25 @@ impl Follower {
         }
     }
 
-    /// Follows one stream until it ends, which nothing does well.
+    /// Connects, and follows one stream until it ends.
     async fn attempt(&mut self) -> Failure {
         self.import.restart();
-        let channel = match self.connect().await {
-            Ok(channel) => channel,
+        let pings = if self.pings_seldom { Pings::Seldom } else { Pings::Often };
+        let mut connection = match connect(&self.options, pings).await {
+            Ok(connection) => connection,
             Err(failure) => return failure,
         };
-        let mut client = SetsClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
+        match self.watch(&mut connection.client).await {
+            Ended::Of(failure) => failure,
+            Ended::With(status) if failure::is_of_connection(&status) => {
+                Failure::broken_off(&status, &connection.cause().await)
+            }
+            Ended::With(status) => Failure::refused(&status),
+        }
+    }
+
+    /// Follows one stream.
+    async fn watch(&mut self, client: &mut SetsClient<Channel>) -> Ended {
         // One batch is asked for at a time.
         let (requests, receiver) = mpsc::channel(1);
         let request = WatchReq { node_name: self.options.node.to_string(), draining: true };
@@ -186,7 +181,7 @@ impl Follower {
         let _ = requests.try_send(request.clone());
         let mut items = match client.watch(ReceiverStream::new(receiver)).await {
             Ok(answer) => answer.into_inner(),
-            Err(status) => return Failure::watching(&status),
+            Err(status) => return Ended::With(status),
         };
         self.reporter.accepted(STATE);
         loop {
@@ -196,52 +191,11 @@ impl Follower {
                     Ok(true) if requests.send(request.clone()).await.is_ok() => {}
                     // The stream tells why it does not want to be asked.
                     Ok(true) => {}
-                    Err(failure) => return failure,
+                    Err(failure) => return Ended::Of(failure),
                 },
-                Ok(None) => return Failure::ended(),
-                Err(status) => return Failure::watching(&status),
+                Ok(None) => return Ended::Of(Failure::ended()),
+                Err(status) => return Ended::With(status),
             }
-        }
-    }
-
-    async fn connect(&self) -> Result<Channel, Failure> {
-        let Options { address, timing, .. } = &self.options;
-        // Asked and waited for: what has died within the pause is noticed at the end of both.
-        let (pause, wait) = (timing.silence * 2 / 3, timing.silence / 3);
-        let endpoint = self.options.endpoint().map_err(|why| Failure::credentials(&why))?;
-        let endpoint = endpoint
-            .initial_stream_window_size(WINDOW)
-            .initial_connection_window_size(WINDOW)
-            .http2_keep_alive_interval(if self.pings_seldom { SELDOM } else { pause })
-            .keep_alive_timeout(wait)
-            .keep_alive_while_idle(true);
-        let connected = time::timeout(wait, async {
-            match address {
-                Address::Tcp(_) => {
-                    let mut connector = HttpConnector::new();
-                    connector.enforce_http(false);
-                    connector.set_nodelay(true);
-                    // The kernel notices a host that has gone, also where pings are seldom.
-                    connector.set_keepalive(Some((pause / 2).max(SECOND)));
-                    connector.set_keepalive_interval(Some((pause / 4).max(SECOND)));
-                    connector.set_keepalive_retries(Some(3));
-                    connector.set_tcp_user_timeout(Some(timing.silence));
-                    endpoint.connect_with_connector(connector).await
-                }
-                Address::Unix(path) => {
-                    let path = path.clone();
-                    let connect = move |_: Uri| {
-                        let path = path.clone();
-                        async move { UnixStream::connect(path).await.map(TokioIo::new) }
-                    };
-                    endpoint.connect_with_connector(service_fn(connect)).await
-                }
-            }
-        });
-        match connected.await {
-            Ok(Ok(channel)) => Ok(channel),
-            Ok(Err(error)) => Err(Failure::connecting(&error, address)),
-            Err(_) => Err(Failure::slow(wait)),
         }
     }
 

@@ -71,18 +71,25 @@ impl fmt::Display for Address {
 
 impl Address {
     /// What a request names as its server: to a socket's owner, who it is does not matter.
-    pub(super) fn uri(&self, tls: bool) -> Uri {
+    pub(super) fn uri(&self, scheme: &str) -> Uri {
         let authority = match self {
             Self::Tcp(authority) => authority.clone(),
             Self::Unix(_) => Authority::from_static("localhost"),
         };
-        let scheme = if tls { "https" } else { "http" };
         Uri::builder()
             .scheme(scheme)
             .authority(authority)
             .path_and_query("/")
             .build()
             .unwrap_or_else(|error| unreachable!("an authority and constants are a URI: {error}"))
+    }
+
+    /// What the server's certificate is to be for.
+    pub(super) fn host(&self) -> &str {
+        match self {
+            Self::Tcp(authority) => authority.host().trim_start_matches('[').trim_end_matches(']'),
+            Self::Unix(_) => "localhost",
+        }
     }
 }
 
@@ -101,7 +108,7 @@ mod tests {
             ("unix:/run/proxier/api.sock", "unix:///run/proxier/api.sock", "http://localhost/"),
         ] {
             let address: Address = text.parse().unwrap();
-            assert_eq!((address.to_string().as_str(), address.uri(false).to_string().as_str()), (is, uri));
+            assert_eq!((address.to_string().as_str(), address.uri("http").to_string().as_str()), (is, uri));
             assert_eq!(is.parse(), Ok(address));
         }
     }

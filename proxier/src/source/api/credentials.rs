@@ -4,15 +4,19 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
-use tokio_rustls::rustls::{
-    RootCertStore,
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
+use tokio_rustls::{
+    TlsConnector,
+    rustls::{
+        ClientConfig, RootCertStore,
+        crypto::ring,
+        pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
+    },
 };
-use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 
-use crate::source::words::quote;
+use crate::source::words::chain;
 
 /// Where the files are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,21 +33,32 @@ impl Credentials {
     /// # Errors
     ///
     /// A file cannot be read, or is of no use: in words that name the file, its flag and the next step.
-    pub(super) fn read(&self) -> Result<ClientTlsConfig, String> {
-        let ca = read(&self.ca, "--api-ca")?;
-        check_authority(&ca).map_err(|why| of_no_use(&self.ca, "--api-ca", &why))?;
-        // A server of HTTP/2 need not say that it is one.
-        let config = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca)).assume_http2(true);
-        let Some((certificate_file, key_file)) = &self.identity else { return Ok(config) };
-        let certificate = read(certificate_file, "--api-cert")?;
-        if certificates(&certificate)?.is_empty() {
-            return Err(of_no_use(certificate_file, "--api-cert", "has no certificate in it"));
-        }
-        let key = read(key_file, "--api-key")?;
-        if PrivateKeyDer::from_pem_slice(&key).is_err() {
-            return Err(of_no_use(key_file, "--api-key", "has no private key in it"));
-        }
-        Ok(config.identity(Identity::from_pem(certificate, key)))
+    pub(super) fn read(&self) -> Result<TlsConnector, String> {
+        let roots =
+            authorities(&read(&self.ca, "--api-ca")?).map_err(|why| of_no_use(&self.ca, "--api-ca", &why))?;
+        // By name: a process may be linked with another provider as well.
+        let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .map_err(|error| format!("TLS cannot be set up: {}", chain(&error)))?
+            .with_root_certificates(roots);
+        let mut config = match &self.identity {
+            None => builder.with_no_client_auth(),
+            Some((certificate_file, key_file)) => {
+                let certificates = certificates(&read(certificate_file, "--api-cert")?)
+                    .map_err(|why| of_no_use(certificate_file, "--api-cert", &why))?;
+                let key = PrivateKeyDer::from_pem_slice(&read(key_file, "--api-key")?)
+                    .map_err(|_| of_no_use(key_file, "--api-key", "has no private key in it"))?;
+                builder.with_client_auth_cert(certificates, key).map_err(|error| {
+                    let files = format!("{} and {}", certificate_file.display(), key_file.display());
+                    format!(
+                        "{files} cannot be used together: {}; check --api-cert and --api-key",
+                        chain(&error)
+                    )
+                })?
+            }
+        };
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        Ok(Arc::new(config).into())
     }
 }
 
@@ -59,17 +74,18 @@ fn of_no_use(path: &Path, flag: &str, why: &str) -> String {
 
 fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
     let read: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
-    read.map_err(|error| quote(&error.to_string()))
-}
-
-/// A bundle may have certificates in it that rustls does not understand; nobody would be trusted if there were no other.
-fn check_authority(pem: &[u8]) -> Result<(), String> {
-    let certificates = certificates(pem).map_err(|error| format!("cannot be understood ({error})"))?;
+    let certificates = read.map_err(|error| format!("cannot be understood ({})", chain(&error)))?;
     if certificates.is_empty() {
         return Err("has no certificate in it".to_owned());
     }
-    match RootCertStore::empty().add_parsable_certificates(certificates) {
+    Ok(certificates)
+}
+
+/// A bundle may have certificates in it that rustls does not understand; nobody would be trusted if there were no other.
+fn authorities(pem: &[u8]) -> Result<RootCertStore, String> {
+    let mut roots = RootCertStore::empty();
+    match roots.add_parsable_certificates(certificates(pem)?) {
         (0, _) => Err("has no certificate in it that can be understood".to_owned()),
-        _ => Ok(()),
+        _ => Ok(roots),
     }
 }

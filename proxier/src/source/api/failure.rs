@@ -5,7 +5,7 @@ use std::{error::Error, io, time::Duration};
 use tokio_rustls::rustls;
 use tonic::{Code, Status};
 
-use super::{Address, MAX_MESSAGE, import::TooMuch};
+use super::{Address, MAX_MESSAGE, connection::Cause, import::TooMuch};
 use crate::source::words::{causes, chain, quote};
 
 /// An attempt to follow a server that has failed.
@@ -83,11 +83,8 @@ impl Failure {
         Self::new("connection", format!("cannot be reached: {cause}; {next_step}"))
     }
 
-    /// A watch has failed: the server has said so, or the connection has not held.
-    pub(super) fn watching(status: &Status) -> Self {
-        if let Some(failure) = Self::connection(status) {
-            return failure;
-        }
+    /// The server has ended a watch, and said why.
+    pub(super) fn refused(status: &Status) -> Self {
         let words = quote(status.message());
         let code = status.code();
         let refuses =
@@ -114,37 +111,53 @@ impl Failure {
         }
     }
 
-    /// If it is the connection that did not hold.
-    fn connection(status: &Status) -> Option<Self> {
-        if let Some(tls) = tls(status) {
-            return Some(Self::new("connection", format!("has broken off: {tls}")));
+    /// The connection has not held: by what a stream knows of it, and what has ended it.
+    pub(super) fn broken_off(status: &Status, Cause { http, io }: &Cause) -> Self {
+        let http: &(dyn Error + 'static) = match http {
+            Some(error) => error,
+            None => status,
+        };
+        let of_h2 = causes(http).find_map(|error| error.downcast_ref::<h2::Error>());
+        let by_cause = |error: &(dyn Error + 'static)| {
+            let cause = causes(error).last().map_or_else(String::new, |cause| quote(&cause.to_string()));
+            Self::new("connection", format!("has broken off: {cause}; asked again; {CHECK_SERVER}"))
+        };
+        if of_h2
+            .is_some_and(|error| error.is_remote() && error.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM))
+        {
+            return Self { too_many_pings: true, ..by_cause(http) };
         }
-        let of_http = causes(status).find_map(|error| error.downcast_ref::<hyper::Error>());
-        let of_h2 = causes(status).find_map(|error| error.downcast_ref::<h2::Error>());
-        if of_http.is_some_and(hyper::Error::is_timeout) {
+        if let Some(error) = io {
+            return match tls(error) {
+                Some(tls) => Self::new("connection", format!("has broken off: {tls}")),
+                None => by_cause(error),
+            };
+        }
+        let of_http = |error| causes(error).find_map(|error| error.downcast_ref::<hyper::Error>());
+        if [http, status].into_iter().filter_map(of_http).any(hyper::Error::is_timeout) {
             let reason = format!(
                 "says nothing any more; {CHECK_SERVER}, and whether something on the way forgets connections"
             );
-            return Some(Self::new("silence", reason));
+            return Self::new("silence", reason);
         }
-        let is_broken = of_http
-            .is_some_and(|error| error.is_closed() || error.is_canceled() || error.is_incomplete_message());
-        let cause = causes(status).last().map_or_else(String::new, |cause| quote(&cause.to_string()));
-        let broken_off =
-            || Self::new("connection", format!("has broken off: {cause}; asked again; {CHECK_SERVER}"));
-        let Some(error) = of_h2 else { return is_broken.then(broken_off) };
-        let reason = error.reason();
-        if error.is_remote() && reason == Some(h2::Reason::ENHANCE_YOUR_CALM) {
-            return Some(Self { too_many_pings: true, ..broken_off() });
-        }
-        // Whatever the other side says, it says it in frames of HTTP/2, or not.
-        if reason.is_some() && !error.is_remote() {
+        // Whatever the other side says, it says it in frames of HTTP/2, or else this side says that it does not.
+        if let Some(error) = of_h2
+            && error.reason().is_some()
+            && !error.is_remote()
+        {
+            let cause = quote(&error.to_string());
             let reason =
                 format!("does not speak gRPC ({cause}); {NO_LOCALV1}, and whether it wants TLS (--api-ca)");
-            return Some(Self::new("nonsense", reason));
+            return Self::new("nonsense", reason);
         }
-        Some(broken_off())
+        by_cause(http)
     }
+}
+
+/// Whether it is not the server that has said so: the connection has not held.
+pub(super) fn is_of_connection(status: &Status) -> bool {
+    causes(status)
+        .any(|error| error.is::<hyper::Error>() || error.is::<h2::Error>() || error.is::<io::Error>())
 }
 
 /// If TLS has failed, why, and what to do about it.
