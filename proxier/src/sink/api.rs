@@ -12,6 +12,7 @@ use tokio::{sync::watch, task::JoinHandle};
 use self::{
     listen::Listener,
     store::{Revision, Store},
+    tls::Identity,
 };
 use super::{
     Condition, Sink, Snapshot,
@@ -52,6 +53,8 @@ pub enum Taken {
 pub struct ApiSink {
     carried: Carried,
     shared: Arc<Shared>,
+    /// Of the newest change; none before the first whole state. Goes with the sink, which is how the clients learn of its end.
+    revision: watch::Sender<Option<Revision>>,
     bound: ListenAddress,
     server: JoinHandle<()>,
 }
@@ -66,8 +69,7 @@ impl fmt::Debug for ApiSink {
 #[derive(Debug)]
 struct Shared {
     store: Mutex<Store>,
-    /// The newest one; none before the first whole state.
-    revision: watch::Sender<Option<Revision>>,
+    revision: watch::Receiver<Option<Revision>>,
     metrics: Arc<Metrics>,
 }
 
@@ -92,7 +94,17 @@ impl ApiSink {
         carried: Carried,
         metrics: Arc<Metrics>,
     ) -> anyhow::Result<Self> {
-        let tls = tls.map(tls::Identity::read).transpose()?;
+        let tls = tls.map(|files| Identity::read(files, tls::LOOK)).transpose()?;
+        Self::start(address, tls, taken, carried, metrics)
+    }
+
+    fn start(
+        address: &ListenAddress,
+        tls: Option<Identity>,
+        taken: Taken,
+        carried: Carried,
+        metrics: Arc<Metrics>,
+    ) -> anyhow::Result<Self> {
         let listener = match (Listener::bind(address), taken) {
             (Ok(listener), _) => Ok(listener),
             (Err(error), Taken::Fails) => return Err(error),
@@ -105,19 +117,17 @@ impl ApiSink {
             }
         };
         let bound = listener.as_ref().map_or_else(Clone::clone, Listener::bound);
-        if bound.is_exposed() && !tls.as_ref().is_some_and(tls::Identity::asks_clients) {
+        if bound.is_exposed() && !tls.as_ref().is_some_and(Identity::asks_clients) {
             tracing::warn!(
                 "whoever reaches {bound} can read every Service and the addresses of its pods; listen on a loopback address \
                  or a unix socket, or ask for certificates with --tls-client-ca"
             );
         }
-        let shared = Arc::new(Shared {
-            store: Mutex::new(Store::new(MAX_GONE)),
-            revision: watch::Sender::new(None),
-            metrics,
-        });
+        let (revision, newest) = watch::channel(None);
+        let store = Mutex::new(Store::new(MAX_GONE));
+        let shared = Arc::new(Shared { store, revision: newest, metrics });
         let server = tokio::spawn(server::run(Arc::clone(&shared), listener, tls));
-        Ok(Self { carried, shared, bound, server })
+        Ok(Self { carried, shared, revision, bound, server })
     }
 
     /// Where it listens, with the port that the kernel has chosen if none was given.
@@ -148,7 +158,7 @@ impl Sink for ApiSink {
             (name, exported)
         }));
         drop(store);
-        self.shared.revision.send_if_modified(|known| known.replace(revision) != Some(revision));
+        self.revision.send_if_modified(|known| known.replace(revision) != Some(revision));
         Ok(())
     }
 

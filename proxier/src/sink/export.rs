@@ -88,16 +88,19 @@ impl Exported {
 }
 
 impl ExportedEndpoint {
-    /// What tells it from the other endpoints of its Service. kpng has the pod's name alone, so that the families of a pod
-    /// overwrite each other.
-    pub(super) fn key(&self) -> String {
+    /// What tells it from the other endpoints of its Service, which is in `namespace`. kpng has the pod's name alone, so that the
+    /// families of a pod overwrite each other.
+    pub(super) fn key(&self, namespace: &str) -> String {
         match &self.pod {
             Pod::Named(pod) => {
                 let family = match self.family {
                     Family::V4 => "v4",
                     Family::V6 => "v6",
                 };
-                format!("{}.{family}", pod.name)
+                // A slice that somebody has written may name pods of anywhere. No name has a colon in it.
+                let elsewhere = Some(&*pod.namespace).filter(|of| *of != namespace);
+                let prefix = elsewhere.map(|of| format!("{of}:")).unwrap_or_default();
+                format!("{prefix}{}.{family}", pod.name)
             }
             Pod::Unnamed(addresses) => {
                 addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
@@ -223,12 +226,16 @@ fn endpoints(snapshot: Snapshot<'_>, service: &ObjectName) -> Vec<ExportedEndpoi
     for ((family, node), group) in by_node {
         let any_ready = group.iter().any(|(_, endpoint)| endpoint.ready);
         for (slice, endpoint) in group {
+            // None of them was one: there is nothing to send to, and nothing to call it by.
+            if endpoint.addresses.is_empty() {
+                continue;
+            }
             let draining = !select::is_preferred(endpoint, any_ready);
             let pod =
                 endpoint.target.clone().map_or_else(|| Pod::Unnamed(endpoint.addresses.to_vec()), Pod::Named);
-            let exported = pods.entry((pod, family)).or_insert_with_key(|(pod, family)| ExportedEndpoint {
+            let new = || ExportedEndpoint {
                 pod: pod.clone(),
-                family: *family,
+                family,
                 node: node.cloned(),
                 draining,
                 common: localv1::Endpoint {
@@ -236,15 +243,14 @@ fn endpoints(snapshot: Snapshot<'_>, service: &ObjectName) -> Vec<ExportedEndpoi
                     ips: Some(localv1::IpSet::default()),
                     ..localv1::Endpoint::default()
                 },
-            });
+            };
+            let exported = pods.entry((pod.clone(), family)).or_insert_with(new);
+            // Two slices do not agree, while one of them is being replaced: what takes conversations is the pod, and it is on
+            // one node.
             match (exported.draining, draining) {
-                // Two slices do not agree, while one of them is being replaced.
                 (false, true) => continue,
-                (true, false) => {
-                    exported.draining = false;
-                    exported.common.ips = Some(localv1::IpSet::default());
-                    exported.common.port_overrides.clear();
-                }
+                (true, false) => *exported = new(),
+                _ if exported.node.as_ref() != node => continue,
                 _ => {}
             }
             add(exported.common.ips.get_or_insert_default(), endpoint.addresses.iter().copied());

@@ -6,10 +6,7 @@ use std::{
     net::{Ipv6Addr, SocketAddr},
     os::{
         fd::{AsRawFd as _, OwnedFd},
-        unix::{
-            fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, PermissionsExt as _},
-            net::UnixStream as BlockingUnixStream,
-        },
+        unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, PermissionsExt as _},
     },
     path::{Path, PathBuf},
     str::FromStr,
@@ -21,7 +18,7 @@ use nix::{
     fcntl::{OFlag, open},
     sys::stat::Mode,
 };
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
 const TCP: &str = "tcp://";
@@ -109,10 +106,9 @@ impl Listener {
     pub(super) fn bind(address: &ListenAddress) -> anyhow::Result<Self> {
         match address {
             ListenAddress::Tcp(address) => {
-                let listener = bind_tcp(*address).with_context(|| {
-                    format!(
-                        "cannot listen on {TCP}{address}: see who has the port with `ss -ltnp`, and end that, or listen elsewhere"
-                    )
+                let listener = bind_tcp(*address).map_err(|error| {
+                    let next = next_step(&error);
+                    anyhow::Error::new(error).context(format!("cannot listen on {TCP}{address}: {next}"))
                 })?;
                 let bound = listener.local_addr()?;
                 Ok(Self::Tcp(listener, bound))
@@ -159,6 +155,35 @@ fn bind_tcp(address: SocketAddr) -> io::Result<TcpListener> {
     TcpListener::from_std(socket.into())
 }
 
+fn next_step(error: &io::Error) -> &'static str {
+    match (error.kind(), error.raw_os_error()) {
+        (ErrorKind::AddrInUse, _) => {
+            "see who has the port with `ss -ltnp`, and end that, or listen elsewhere"
+        }
+        (ErrorKind::AddrNotAvailable, _) => {
+            "see which addresses this machine has with `ip address`, and give one of them"
+        }
+        (ErrorKind::PermissionDenied, _) => "give a port above 1023, or the capability NET_BIND_SERVICE",
+        (_, Some(libc::EAFNOSUPPORT)) => {
+            "the kernel has no IPv6: give an IPv4 address, such as tcp://0.0.0.0:12090 for all of them"
+        }
+        _ => "see the reason, or listen elsewhere",
+    }
+}
+
+/// Whether somebody listens at a unix socket.
+fn is_served(place: &Path) -> io::Result<bool> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    // Somebody who has as many connections waiting as there may be might never take another.
+    socket.set_nonblocking(true)?;
+    match socket.connect(&SockAddr::unix(place)?) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(true),
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// Makes the socket under another name and then gives it its own: who connects finds the former one or this, whole and with its
 /// permissions, and never what a link points to.
 fn bind_unix(path: &Path) -> anyhow::Result<UnixListener> {
@@ -176,14 +201,13 @@ fn bind_unix(path: &Path) -> anyhow::Result<UnixListener> {
         Ok(metadata) if !metadata.file_type().is_socket() => {
             bail!("there is a file, which is not touched: remove it, or give another path")
         }
-        Ok(_) => match BlockingUnixStream::connect(&place) {
-            Ok(_) => bail!(
-                "somebody serves there already: see who with `ss -lxp`, and end that, or give another path"
-            ),
-            // Nobody listens any more.
-            Err(error) if error.kind() == ErrorKind::ConnectionRefused => {}
-            Err(error) => return Err(error).context("the socket that is there cannot be tried"),
-        },
+        Ok(_) => {
+            if is_served(&place).context("the socket that is there cannot be tried")? {
+                bail!(
+                    "somebody serves there already: see who with `ss -lxp`, and end that, or give another path"
+                );
+            }
+        }
     }
     let mut temporary = std::ffi::OsString::from(".");
     temporary.push(name);
@@ -242,7 +266,7 @@ impl Directory {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::symlink;
+    use std::os::unix::{fs::symlink, net::UnixStream as BlockingUnixStream};
 
     use super::*;
 
@@ -354,9 +378,24 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_port_that_is_taken_is_said_with_what_to_do() {
+    async fn somebody_who_takes_no_connections_is_somebody_and_is_not_waited_for() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("api.sock");
+        let busy = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        busy.bind(&SockAddr::unix(&path).unwrap()).unwrap();
+        busy.listen(0).unwrap();
+        let waiting = BlockingUnixStream::connect(&path).unwrap();
+        assert!(refused(&path).contains("somebody serves there already"), "{}", refused(&path));
+        drop(waiting);
+    }
+
+    #[tokio::test]
+    async fn an_address_that_cannot_be_had_is_said_with_what_to_do() {
         let taken = Listener::bind(&"127.0.0.1:0".parse().unwrap()).unwrap();
-        let error = Listener::bind(&taken.bound()).unwrap_err();
-        assert!(format!("{error:#}").contains("ss -ltnp"), "{error:#}");
+        // Kept for documentation: no machine has it.
+        for (address, step) in [(taken.bound(), "ss -ltnp"), ("192.0.2.1:0".parse().unwrap(), "ip address")] {
+            let error = format!("{:#}", Listener::bind(&address).unwrap_err());
+            assert!(error.contains(&address.to_string()) && error.contains(step), "{error}");
+        }
     }
 }

@@ -47,8 +47,10 @@ const MAX_NODE_NAME: usize = 253;
 const QUEUE: usize = 64;
 /// How long a client may take to read a step. kpng's take a batch in before they do anything with it.
 const STALLED: Duration = Duration::from_secs(60);
-/// How long a client may take until it is clear what it is.
-const GREETING: Duration = Duration::from_secs(10);
+/// How long a client may take until it is clear what it is, and again until it has said its first words.
+pub(super) const GREETING: Duration = Duration::from_secs(10);
+/// How many bytes those have with which every HTTP/2 client begins.
+const PREFACE: usize = 24;
 /// A client that does not answer for the sum of these has gone.
 const PING: Duration = Duration::from_secs(20);
 const PONG: Duration = Duration::from_secs(10);
@@ -69,7 +71,7 @@ pub(super) async fn run(
     let (connections, incoming) = mpsc::channel(16);
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_not_serving::<SetsServer<Watcher>>().await;
-    let mut first = shared.revision.subscribe();
+    let mut first = shared.revision.clone();
     let ready = async move {
         if first.wait_for(Option::is_some).await.is_ok() {
             health.set_serving::<SetsServer<Watcher>>().await;
@@ -163,7 +165,7 @@ async fn accept(
                     }
                 }
             };
-            let connection = Connection { io, deadline: Some(Box::pin(sleep(GREETING))), _place: place };
+            let connection = Connection::new(io, place);
             // It has ended if nobody takes it.
             let _ = connections.send(Ok(connection)).await;
         });
@@ -171,16 +173,29 @@ async fn accept(
 }
 
 /// What HTTP/2 is spoken over.
-trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
+pub(super) trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
 
-/// A connection, until it ends or its client has not said a word for too long.
-struct Connection {
+/// A connection, until it ends or its client takes too long to say its first words.
+pub(super) struct Connection {
     io: Box<dyn Io>,
-    /// For the first word. HTTP/2's own pings see to the rest.
-    deadline: Option<Pin<Box<Sleep>>>,
+    greeting: Option<Greeting>,
     _place: OwnedSemaphorePermit,
+}
+
+/// What has yet to come before HTTP/2's own pings see to the rest, and until when. Without it, one byte would hold a place for
+/// ever.
+struct Greeting {
+    missing: usize,
+    deadline: Pin<Box<Sleep>>,
+}
+
+impl Connection {
+    pub(super) fn new(io: Box<dyn Io>, place: OwnedSemaphorePermit) -> Self {
+        let greeting = Greeting { missing: PREFACE, deadline: Box::pin(sleep(GREETING)) };
+        Self { io, greeting: Some(greeting), _place: place }
+    }
 }
 
 impl Connected for Connection {
@@ -195,13 +210,15 @@ impl AsyncRead for Connection {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
         let read = Pin::new(&mut self.io).poll_read(context, buffer);
-        if read.is_ready() {
-            self.deadline = None;
-        } else if let Some(deadline) = &mut self.deadline
-            && deadline.as_mut().poll(context).is_ready()
-        {
-            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        if let Some(greeting) = &mut self.greeting {
+            greeting.missing = greeting.missing.saturating_sub(buffer.filled().len() - before);
+            if greeting.missing == 0 {
+                self.greeting = None;
+            } else if read.is_pending() && greeting.deadline.as_mut().poll(context).is_ready() {
+                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+            }
         }
         read
     }
@@ -277,7 +294,7 @@ async fn answer(shared: &Shared, mut requests: Streaming<WatchReq>, steps: &Step
         if *stream != client {
             // kpng's clients forget what they have when they open a stream, and at no other time.
             return Err(Status::failed_precondition(
-                "a stream is for one node: open another for another one",
+                "a stream is for one node, with those that are draining or without: open another for anything else",
             ));
         }
         let Some(batch) = next(shared, &client, &mut seen, steps).await? else { return Ok(()) };
@@ -320,7 +337,7 @@ async fn next(
     seen: &mut Option<Revision>,
     steps: &Steps,
 ) -> Result<Option<Batch>, Status> {
-    let mut news = shared.revision.subscribe();
+    let mut news = shared.revision.clone();
     loop {
         if news.borrow_and_update().is_some() {
             let batch = shared.store().batch(client, *seen);

@@ -230,10 +230,13 @@ impl ServiceEntry {
 
         let mut there = BTreeSet::new();
         for endpoint in &exported.endpoints {
-            let key: Arc<str> = endpoint.key().into();
-            let entry = self.endpoints.entry(Arc::clone(&key)).or_insert_with(|| EndpointEntry::new(next));
+            let key: Arc<str> = endpoint.key(&exported.service.namespace).into();
+            // Of two with one name, the second would replace the first one again and again.
+            if !there.insert(Arc::clone(&key)) {
+                continue;
+            }
+            let entry = self.endpoints.entry(key).or_insert_with(|| EndpointEntry::new(next));
             changed |= entry.set(endpoint, elsewhere.is_some(), others_are_told_otherwise, next, horizon);
-            there.insert(key);
         }
         for (key, endpoint) in &mut self.endpoints {
             if !there.contains(key) && endpoint.value.take().is_some() {

@@ -21,7 +21,7 @@ use tokio_rustls::rustls::{
 };
 
 /// How often it is looked whether the files have changed.
-const LOOK: Duration = Duration::from_secs(10);
+pub(super) const LOOK: Duration = Duration::from_secs(10);
 
 /// The server's certificate, and whom it lets in.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,6 +66,7 @@ pub enum TlsError {
 #[derive(Debug)]
 pub(super) struct Identity {
     files: TlsFiles,
+    look_every: Duration,
     current: Mutex<Current>,
 }
 
@@ -82,11 +83,11 @@ struct Current {
 type Version = (u64, u64, i64, i64, u64);
 
 impl Identity {
-    pub(super) fn read(files: TlsFiles) -> Result<Self, TlsError> {
+    pub(super) fn read(files: TlsFiles, look_every: Duration) -> Result<Self, TlsError> {
         let versions = versions(&files);
         let config = Arc::new(config(&files)?);
         let current = Current { config, versions, looked: Instant::now(), failed: false };
-        Ok(Self { files, current: Mutex::new(current) })
+        Ok(Self { files, look_every, current: Mutex::new(current) })
     }
 
     /// Whether clients need a certificate.
@@ -97,7 +98,7 @@ impl Identity {
     /// With what the files have now, or had when they could be used last.
     pub(super) fn config(&self) -> Arc<ServerConfig> {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        if current.looked.elapsed() >= LOOK {
+        if current.looked.elapsed() >= self.look_every {
             current.looked = Instant::now();
             self.look(&mut current);
         }

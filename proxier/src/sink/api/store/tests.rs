@@ -245,7 +245,7 @@ impl Told {
                     draining: endpoint.draining,
                     ..endpoint.common.clone()
                 };
-                endpoints.insert((name.clone(), endpoint.key()), told);
+                endpoints.insert((name.clone(), endpoint.key(&name.namespace)), told);
             }
         }
         prop_assert_eq!(&self.endpoints, &endpoints);
