@@ -205,3 +205,6 @@ impl<S: Sink> Sink for WithApi<S> {
         self.sink.tick().and(served)
     }
 }
+
+#[cfg(test)]
+mod tests;
