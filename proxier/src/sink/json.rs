@@ -92,7 +92,7 @@ struct Line<'a> {
 /// The order of the fields is that of kpng's Go structs, so that lines compare as text.
 #[derive(Serialize)]
 #[serde(rename_all = "PascalCase")]
-struct ServiceJson<'a> {
+pub(super) struct ServiceJson<'a> {
     namespace: &'a str,
     name: &'a str,
     r#type: &'a str,

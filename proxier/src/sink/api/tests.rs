@@ -27,6 +27,7 @@ use crate::{
     observe::observed::Observed,
 };
 
+mod recording;
 mod strangers;
 mod tls;
 
