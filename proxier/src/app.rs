@@ -404,7 +404,7 @@ impl<'a> Agent<'a> {
     fn tell_changes(&mut self, scope: Scope) {
         let (catalog, desired) = (self.state.catalog(), self.state.desired());
         let changes = changes::between(&self.in_force, desired, &scope);
-        changes::log(&changes);
+        changes::log(&changes, self.state.settings().every_node);
         if let Some(events) = &self.tellers.events {
             let node = &self.state.settings().node;
             notices::of_changes(&changes, &self.in_force, catalog, node)

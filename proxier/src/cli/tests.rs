@@ -1,4 +1,11 @@
-use super::*;
+use std::path::PathBuf;
+
+use super::{
+    sinks::{SinkCommand, cidr, interface_name},
+    sources::node_name,
+    *,
+};
+use crate::{desired::NoBackend, model::NodeName, sink::bpf::AttachMode};
 
 fn parse(line: &str) -> Cli {
     Cli::try_parse_from(line.split_whitespace()).unwrap_or_else(|error| panic!("{line}: {error}"))
@@ -26,7 +33,7 @@ fn source_and_sink_are_read_with_their_flags() {
     assert_eq!(sink.pin.pin_path, PathBuf::from("/p"));
     assert_eq!(sink.attach, AttachMode::Clsact);
     assert_eq!(sink.no_backend, NoBackend::Pass);
-    let settings = settings(NodeName::new("n"), sink.externals);
+    let settings = sink.externals.settings(NodeName::new("n"));
     let ranges: Vec<_> = settings.external_cidrs.iter().map(ToString::to_string).collect();
     assert_eq!(ranges, ["10.0.0.0/8", "1000::/16", "voip=10.0.1.0/24"]);
     assert_eq!(settings.cluster_cidrs, ["10.96.0.0/12", "10.244.0.0/16"].map(|cidr| cidr.parse().unwrap()));
@@ -61,7 +68,7 @@ fn without_flags_both_kinds_of_external_addresses_count_everywhere() {
     let SinkCommand::ToBpf(sink) = file.sink else { panic!() };
     assert_eq!(sink.pin.pin_path, PathBuf::from("/sys/fs/bpf/proxier"));
     assert_eq!(sink.no_backend, NoBackend::Drop);
-    let settings = settings(NodeName::new("n"), sink.externals);
+    let settings = sink.externals.settings(NodeName::new("n"));
     assert!(settings.external_ips && settings.load_balancer_ips && settings.external_cidrs.is_empty());
     assert!(settings.cluster_cidrs.is_empty() && settings.max_externals_per_namespace.is_none());
 }
@@ -179,5 +186,21 @@ fn a_wrong_range_is_refused_with_the_flag_and_what_to_write() {
         let error = Cli::try_parse_from(line.split_whitespace()).unwrap_err().to_string();
         let name = flag.split(' ').next().unwrap();
         assert!(error.contains(name) && error.contains(says), "{error}");
+    }
+}
+
+#[test]
+fn tls_is_for_tcp() {
+    for (line, is_right) in [
+        ("proxier file --input /m to-api --listen tcp://:1 --tls-cert c --tls-key k --tls-client-ca a", true),
+        ("proxier file --input /m to-api --listen unix:///run/x --tls-cert c --tls-key k", false),
+        ("proxier file --input /m to-bpf --serve-api unix:///run/x --tls-cert c --tls-key k", false),
+        ("proxier file --input /m to-bpf --serve-api [::1]:1 --tls-cert c --tls-key k", true),
+        ("proxier file --input /m to-api --tls-client-ca a", false),
+        ("proxier file --input /m to-api --tls-cert c", false),
+        ("proxier api --api unix:///run/x --api-ca a to-json", false),
+    ] {
+        let parsed = Cli::try_parse_from(line.split_whitespace()).and_then(Cli::checked);
+        assert_eq!(parsed.is_ok(), is_right, "{line}");
     }
 }

@@ -148,6 +148,8 @@ pub struct LocalAddresses {
 pub struct Settings {
     /// This node's name, as EndpointSlices write it.
     pub node: NodeName,
+    /// Whether what is worked out is for every node, of which this may be none.
+    pub every_node: bool,
     /// What happens to packets for a Service without pods here.
     pub no_backend: NoBackend,
     /// Addresses that this node's interfaces have now, whether or not a Node object says so.
@@ -174,6 +176,7 @@ impl Settings {
     pub const fn new(node: NodeName) -> Self {
         Self {
             node,
+            every_node: false,
             no_backend: NoBackend::Drop,
             local_addresses: LocalAddresses { identities: BTreeSet::new(), attracting: BTreeSet::new() },
             node_clients: false,

@@ -164,7 +164,7 @@ impl State {
             changed.node_addresses = addresses != self.desired.node_addresses;
             self.desired.node_addresses = addresses;
         }
-        if node_name {
+        if node_name && !self.settings.every_node {
             let node = &self.settings.node;
             let problem = complaints::unknown_node(&self.catalog, &self.endpoint_nodes, node);
             let subject = Subject::Object(ObjectId::Node(node.clone()));

@@ -47,10 +47,23 @@ pub fn between<'a>(before: &'a Desired, after: &'a Desired, scope: &'a Scope) ->
     }
 }
 
-/// Writes the differences to the log.
-pub fn log(changes: &[Change<'_>]) {
+/// Writes the differences to the log, of which no node in particular is told if `every_node`.
+pub fn log(changes: &[Change<'_>], every_node: bool) {
     if changes.len() > MAX_LINES {
-        tracing::info!(changes = changes.len(), "many Services changed; `proxier get services` shows them");
+        if every_node {
+            tracing::info!(changes = changes.len(), "many Services changed");
+        } else {
+            tracing::info!(
+                changes = changes.len(),
+                "many Services changed; `proxier get services` shows them"
+            );
+        }
+        return;
+    }
+    if every_node {
+        for change in changes {
+            log_of_every_node(change);
+        }
         return;
     }
     for change in changes {
@@ -72,6 +85,22 @@ pub fn log(changes: &[Change<'_>]) {
             ),
         }
     }
+}
+
+fn log_of_every_node(change: &Change<'_>) {
+    let (key, service, message) = match change {
+        Change::Programmed(key, service)
+        | Change::Changed(key, service)
+        | Change::WithoutPods(key, service) => (key, service, "Service passed on"),
+        Change::Withdrawn(key, service) => (key, service, "Service withdrawn"),
+    };
+    tracing::info!(
+        service = %key.service,
+        family = %key.family,
+        externals = list(&service.externals),
+        sources = sources(service.sources.as_ref()),
+        "{message}"
+    );
 }
 
 fn line(key: &ServiceKey, service: &DesiredService, message: &str) {
