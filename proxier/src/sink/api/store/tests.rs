@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::{any::Any, collections::BTreeMap, sync::Weak};
 
 use proptest::prelude::*;
 use proxier_localv1::{Endpoint, IpSet, Path, Service};
@@ -8,6 +8,14 @@ use crate::{
     model::{Family, testing::mk_name},
     sink::export::Pod,
 };
+
+impl Store {
+    /// What there is of each Service: it lives while anybody has it, be it the store or a batch.
+    pub(in crate::sink::api) fn versions(&self) -> Vec<Weak<dyn Any + Send + Sync>> {
+        let entries = self.services.values().cloned();
+        entries.map(|entry| Arc::downgrade(&(entry as Arc<dyn Any + Send + Sync>))).collect()
+    }
+}
 
 fn service(name: &str) -> Exported {
     Exported {
