@@ -1,4 +1,4 @@
-//! `cargo xtask fuzz`: runs the fuzz targets of the packet core (`proxier-ebpf/fuzz`) with cargo-fuzz, from the committed
+//! `cargo xtask fuzz`: runs the fuzz targets (`proxier-ebpf/fuzz`) with cargo-fuzz, from the committed
 //! corpus. What they find that is new stays in `target/`, unless it is to be kept. What they check is theirs.
 
 use std::{
@@ -173,7 +173,7 @@ impl Fuzzer {
             println!("the input: {}", artifact.display());
             println!("again:     cargo xtask fuzz {target} --input {}", artifact.display());
             println!("as a test: install -D -t {} {}", kept(target).display(), artifact.display());
-            println!("           cargo test -p proxier-ebpf --test corpus");
+            println!("           cargo test -p {}", test_of(target));
         }
         Ok(false)
     }
@@ -214,6 +214,14 @@ fn kept(target: &str) -> PathBuf {
 
 fn found(target: &str) -> PathBuf {
     workspace().join("target/fuzz/found").join(target)
+}
+
+/// The test that runs the corpus of a target.
+fn test_of(target: &str) -> &'static str {
+    match target {
+        "localv1_op" => "proxier --lib source::api::import",
+        _ => "proxier-ebpf --test corpus",
+    }
 }
 
 /// What a run left behind since it began: one file per failure.

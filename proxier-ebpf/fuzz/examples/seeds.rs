@@ -13,6 +13,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use prost::Message as _;
 use proxier_fuzz::{
     common::{
         ALL_PROTOCOLS, BOTH, ICMP, Net, Network, TCP, UDP, V6, error, errors, packet, plain, router, segment,
@@ -20,12 +21,14 @@ use proxier_fuzz::{
     steps::{Action, Step, headers},
     world::node,
 };
+use proxier_localv1 as localv1;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let folder = std::env::args_os().nth(1).map(PathBuf::from).ok_or("usage: seeds FOLDER")?;
     write(&folder.join("request"), &requests())?;
     write(&folder.join("conversation"), &conversations())?;
     write(&folder.join("icmp_error"), &icmp_errors())?;
+    write(&folder.join("localv1_op"), &localv1_ops())?;
     Ok(())
 }
 
@@ -36,6 +39,84 @@ fn write(folder: &Path, seeds: &[Vec<u8>]) -> Result<(), Box<dyn Error>> {
     }
     println!("{}: {} seeds", folder.display(), seeds.len());
     Ok(())
+}
+
+/// What servers of kpng's API say: batches in which values come, change, and go, of each kind.
+fn localv1_ops() -> Vec<Vec<u8>> {
+    use localv1::op_item::Op;
+    let texts = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect();
+    let ips = |v4: &[&str], v6: &[&str]| Some(localv1::IpSet { v4: texts(v4), v6: texts(v6) });
+    let at = |set: localv1::Set, path: &str| localv1::Ref { set: set as i32, path: path.to_owned() };
+    let set = |set, path: &str, bytes: Vec<u8>| {
+        Op::Set(localv1::Value { r#ref: Some(at(set, path)), bytes: bytes.into() })
+    };
+    let (services, endpoints) = (localv1::Set::ServicesSet, localv1::Set::EndpointsSet);
+    let service = |external: &[&str], filters: Vec<localv1::IpFilter>| {
+        let value = localv1::Service {
+            namespace: "default".to_owned(),
+            name: "web".to_owned(),
+            r#type: "LoadBalancer".to_owned(),
+            ips: Some(localv1::ServiceIPs {
+                external_ips: ips(external, &["2001:db8::1"]),
+                load_balancer_ips: ips(&["203.0.113.7"], &[]),
+                ..localv1::ServiceIPs::default()
+            }),
+            ip_filters: filters,
+            ports: vec![localv1::PortMapping {
+                protocol: 2,
+                port: 5060,
+                target_port: 15060,
+                ..localv1::PortMapping::default()
+            }],
+            ..localv1::Service::default()
+        };
+        set(services, "default/web", value.encode_to_vec())
+    };
+    let endpoint = |key: &str, v4: &[&str], v6: &[&str], port: i32, draining: bool| {
+        let value = localv1::Endpoint {
+            ips: ips(v4, v6),
+            local: true,
+            draining,
+            port_overrides: vec![localv1::PortName { name: "sip".to_owned(), port }],
+            ..localv1::Endpoint::default()
+        };
+        set(endpoints, &format!("default/web/{key}"), value.encode_to_vec())
+    };
+    let filter = |targets: &[&str], range: &str| localv1::IpFilter {
+        target_ips: ips(targets, &[]),
+        source_ranges: vec![range.to_owned()],
+    };
+    let (sync, reset) = (|| Op::Sync(localv1::EmptyOp {}), || Op::Reset(localv1::EmptyOp {}));
+    let first = || {
+        vec![reset(), service(&["203.0.113.1"], Vec::new()), endpoint("a.v4", &["11.0.2.2"], &[], 1, false)]
+    };
+    let rest = [
+        vec![],
+        vec![
+            endpoint("a.v6", &[], &["1100::202"], 1, false),
+            endpoint("b", &["11.0.2.3"], &["1100::203"], 2, true),
+        ],
+        vec![service(
+            &["203.0.113.2", "x"],
+            vec![filter(&[], "192.0.2.0/24"), filter(&["203.0.113.2"], "10.0.0.0/8")],
+        )],
+        vec![service(
+            &[],
+            vec![filter(&["203.0.113.7"], "192.0.2.0/24"), filter(&["203.0.113.7"], "::ffff:1.2.3.4/120")],
+        )],
+        vec![
+            endpoint("a.v4", &["11.0.2.2"], &[], 2, false),
+            endpoint("127.0.0.1", &["127.0.0.1"], &[], 1, false),
+        ],
+        vec![Op::Delete(at(endpoints, "default/web/a.v4")), Op::Delete(at(services, "default/web"))],
+        vec![reset(), set(services, "default", vec![0xff]), set(endpoints, "default/web/a.v4", vec![0xff])],
+    ];
+    let message = |op| localv1::OpItem { op: Some(op) }.encode_length_delimited_to_vec();
+    rest.into_iter()
+        .map(|rest| {
+            first().into_iter().chain([sync()]).chain(rest).chain([sync()]).flat_map(message).collect()
+        })
+        .collect()
 }
 
 /// Echo request and reply of a family.

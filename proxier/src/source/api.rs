@@ -188,9 +188,10 @@ impl Follower {
             match items.message().await {
                 Ok(Some(item)) => match self.take(item).await {
                     Ok(false) => {}
-                    Ok(true) if requests.send(request.clone()).await.is_ok() => {}
-                    // The stream tells why it does not want to be asked.
-                    Ok(true) => {}
+                    Ok(true) => {
+                        // If it does not want to be asked any more, the stream tells why.
+                        let _ = requests.send(request.clone()).await;
+                    }
                     Err(failure) => return Ended::Of(failure),
                 },
                 Ok(None) => return Ended::Of(Failure::ended()),

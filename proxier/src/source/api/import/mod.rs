@@ -54,7 +54,7 @@ pub enum TooMuch {
 /// What a batch has changed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Changes {
-    /// Objects that are new or have changed; none for those that have gone.
+    /// Objects that are new or have changed, or are made of other values, be it equal ones; none for those that have gone.
     pub objects: BTreeMap<ObjectId, Option<Object>>,
     /// All that is wrong, if that is not what it was.
     pub problems: Option<Vec<Problem>>,
@@ -82,13 +82,16 @@ impl Kind {
 /// Values by path, as they were sent: a tenth of what the objects take that they make.
 type Values = BTreeMap<Box<str>, Box<[u8]>>;
 
+/// Where a value is.
+type Place = (Kind, Box<str>);
+
 /// The batch that is being told.
 #[derive(Debug, Default)]
 struct Pending {
     /// Whether what is not told in it has gone.
     reset: bool,
     /// The value that each path has at its end; none if it has gone.
-    values: BTreeMap<(Kind, Box<str>), Option<Box<[u8]>>>,
+    values: BTreeMap<Place, Option<Box<[u8]>>>,
     size: Size,
 }
 
@@ -123,11 +126,11 @@ pub struct Import {
     pending: Pending,
     /// Operations that are of no known set or kind, since the last time they were asked for.
     unknown: u64,
-    problems: BTreeMap<(Kind, Box<str>), Box<[Problem]>>,
+    problems: BTreeMap<Place, Box<[Problem]>>,
     /// How many those are.
     told: usize,
     /// Which have problems that there is no room for.
-    untold: BTreeSet<(Kind, Box<str>)>,
+    untold: BTreeSet<Place>,
     problems_changed: bool,
 }
 
@@ -263,7 +266,7 @@ impl Import {
             match kind {
                 _ if former == value => {}
                 Kind::Services => {
-                    self.follow_service(&path, former.as_deref(), value.as_deref(), &mut changes)
+                    self.follow_service(&path, former.as_deref(), value.as_deref(), &mut changes);
                 }
                 Kind::Endpoints => {
                     let slots = self.slots_that_differ(&path, former.as_deref(), value.as_deref());
@@ -433,7 +436,7 @@ fn subject(path: &str) -> ObjectName {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(crate) mod reference;
 #[cfg(test)]
 mod tests;

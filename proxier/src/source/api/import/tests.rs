@@ -6,7 +6,10 @@ use proxier_localv1::{
     self as localv1, ClientIpAffinity, EmptyOp, IpFilter, IpSet, PortMapping, PortName, ServiceIPs,
 };
 
-use super::{reference::Judge, *};
+use super::{
+    reference::{Judge, sync},
+    *,
+};
 use crate::model::{
     IpMode, LoadBalancerIngress, Protocol, ServicePort, ServiceType, SessionAffinity, TargetPort,
     TrafficPolicy, testing::mk_name,
@@ -14,10 +17,6 @@ use crate::model::{
 
 fn op(op: Op) -> OpItem {
     OpItem { op: Some(op) }
-}
-
-fn sync() -> OpItem {
-    op(Op::Sync(EmptyOp {}))
 }
 
 fn reset() -> OpItem {
@@ -449,6 +448,23 @@ fn of_too_many_problems_some_are_told_and_others_as_soon_as_those_are_mended() {
         .iter()
         .filter(|problem| problem.subject == Subject::Object(ObjectId::Service(mk_name("web"))));
     assert!(of_web.count() <= 21, "{problems:#?}");
+}
+
+/// See `cargo xtask fuzz localv1_op`, which looks for more.
+#[test]
+fn what_the_fuzzer_has_kept_holds() {
+    let fuzz = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../proxier-ebpf/fuzz");
+    let mut ran = 0;
+    for folder in ["corpus", "kept"] {
+        for entry in fuzz.join(folder).join("localv1_op").read_dir().into_iter().flatten() {
+            let path = entry.unwrap().path();
+            let data = std::fs::read(&path).unwrap();
+            let held = std::panic::catch_unwind(|| super::reference::judge(&data));
+            assert!(held.is_ok(), "see above: {}", path.display());
+            ran += 1;
+        }
+    }
+    assert!(ran > 50, "{ran} inputs: the corpus is not there");
 }
 
 /// Bytes of a value: one that is right, or rubbish.
