@@ -37,6 +37,7 @@ use proxier::{
     sink::{
         Sink as _, Snapshot,
         api::{ApiSink, ListenAddress, Taken},
+        export::Carried,
     },
 };
 use proxier_localv1::{self as localv1, Set, WatchReq, op_item::Op, sets_client::SetsClient};
@@ -243,7 +244,8 @@ fn serve(size: Size, stalled: u32) {
     let observed = Observed::new(&node, "kube", None);
     let _guard = runtime.enter();
     let address = "tcp://127.0.0.1:0".parse().unwrap();
-    let sink = ApiSink::serve(&address, None, Taken::Fails, Arc::clone(&observed.metrics)).unwrap();
+    let sink =
+        ApiSink::serve(&address, None, Taken::Fails, Carried::none(), Arc::clone(&observed.metrics)).unwrap();
     let ListenAddress::Tcp(address) = *sink.bound() else { panic!("{sink:?}") };
     let mut world = World { state: State::new(Settings::new(node)), sink };
     for number in 0..BALLAST {
