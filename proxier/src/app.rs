@@ -20,7 +20,7 @@ use crate::{
     desired::{self, Changed, Desired, LocalAddresses, Scope, ServiceKey, Settings},
     model::{ObjectId, ObjectName, Problem, Subject},
     observe::{
-        changes,
+        changes::{self, Audience},
         counts::Counts,
         events::Events,
         health::Beat,
@@ -130,8 +130,10 @@ pub async fn run(
     shutdown: Shutdown,
 ) -> anyhow::Result<()> {
     let mut agent = Agent::new(sink, settings, tellers);
-    if machine == Machine::ThisNode {
-        agent.watch_addresses(addresses::of_this_node)?;
+    match machine {
+        Machine::ThisNode => agent.watch_addresses(addresses::of_this_node)?,
+        Machine::Any if agent.state.settings().every_node => agent.audience = Audience::EveryNode,
+        Machine::Any => agent.audience = Audience::Node,
     }
     agent.run(batches, until, shutdown.signalled()).await
 }
@@ -183,6 +185,8 @@ struct Agent<'a> {
     /// As `tick_failed`.
     addresses_failed: bool,
     tellers: Tellers,
+    /// For whom the log's lines are true.
+    audience: Audience,
     beat: Beat,
 }
 
@@ -213,6 +217,7 @@ impl<'a> Agent<'a> {
             addresses_failed: false,
             beat: tellers.observed.beat("agent", TURN),
             tellers,
+            audience: Audience::Kernel,
         }
     }
 
@@ -404,7 +409,7 @@ impl<'a> Agent<'a> {
     fn tell_changes(&mut self, scope: Scope) {
         let (catalog, desired) = (self.state.catalog(), self.state.desired());
         let changes = changes::between(&self.in_force, desired, &scope);
-        changes::log(&changes, self.state.settings().every_node);
+        changes::log(&changes, self.audience);
         if let Some(events) = &self.tellers.events {
             let node = &self.state.settings().node;
             notices::of_changes(&changes, &self.in_force, catalog, node)

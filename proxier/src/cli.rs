@@ -146,10 +146,7 @@ impl Cli {
             _ => (None, None),
         };
         match source.or_else(|| sink?.contradiction()) {
-            Some(flag) => Err(Self::command().error(
-                ErrorKind::ArgumentConflict,
-                format!("the argument '{flag} <FILE>' is for TCP: a unix socket's owner and mode say who may use it"),
-            )),
+            Some(reason) => Err(Self::command().error(ErrorKind::ArgumentConflict, reason)),
             None => Ok(self),
         }
     }

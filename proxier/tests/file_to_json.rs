@@ -137,7 +137,7 @@ fn a_change_is_followed_however_the_file_is_written() {
 
     fs::remove_file(lab.path("slice.yaml")).unwrap();
     assert_eq!(agent.next()["Endpoints"], Value::Null);
-    agent.logs("Service without local pods");
+    agent.logs("Service passed on, without local pods");
 
     lab.write(
         "more.json",

@@ -228,14 +228,23 @@ pub(super) struct PinArgs {
 }
 
 impl SinkCommand {
-    /// A flag that does not go with the others.
+    /// What of the flags does not go with the others.
     pub(super) fn contradiction(&self) -> Option<&'static str> {
         let (address, tls) = match self {
-            Self::ToBpf(bpf) => (bpf.serve_api.as_ref()?, &bpf.tls),
-            Self::ToApi(api) => (&api.listen, &api.tls),
+            Self::ToBpf(bpf) => (bpf.serve_api.as_ref(), &bpf.tls),
+            Self::ToApi(api) => (Some(&api.listen), &api.tls),
             Self::ToJson(_) | Self::ToExec(_) => return None,
         };
-        (matches!(address, ListenAddress::Unix(_)) && tls.tls_cert.is_some()).then_some("--tls-cert")
+        tls.tls_cert.as_ref()?;
+        match address {
+            Some(ListenAddress::Tcp(_)) => None,
+            Some(ListenAddress::Unix(_)) => Some(
+                "the argument '--tls-cert <FILE>' is for TCP: who may use a unix socket is up to its owner and mode; leave it away",
+            ),
+            None => Some(
+                "the argument '--tls-cert <FILE>' is for the API: give --serve-api as well, or leave it away",
+            ),
+        }
     }
 }
 

@@ -75,10 +75,12 @@ pub(super) struct ApiArgs {
 }
 
 impl ApiArgs {
-    /// A flag that does not go with the others.
+    /// What of the flags does not go with the others.
     pub(super) const fn contradiction(&self) -> Option<&'static str> {
         match self {
-            Self { api: api::Address::Unix(_), api_ca: Some(_), .. } => Some("--api-ca"),
+            Self { api: api::Address::Unix(_), api_ca: Some(_), .. } => Some(
+                "the argument '--api-ca <FILE>' is for TCP: who may use a unix socket is up to its owner and mode; leave it away",
+            ),
             _ => None,
         }
     }

@@ -196,6 +196,7 @@ fn tls_is_for_tcp() {
         ("proxier file --input /m to-api --listen unix:///run/x --tls-cert c --tls-key k", false),
         ("proxier file --input /m to-bpf --serve-api unix:///run/x --tls-cert c --tls-key k", false),
         ("proxier file --input /m to-bpf --serve-api [::1]:1 --tls-cert c --tls-key k", true),
+        ("proxier file --input /m to-bpf --tls-cert c --tls-key k", false),
         ("proxier file --input /m to-api --tls-client-ca a", false),
         ("proxier file --input /m to-api --tls-cert c", false),
         ("proxier api --api unix:///run/x --api-ca a to-json", false),

@@ -47,60 +47,66 @@ pub fn between<'a>(before: &'a Desired, after: &'a Desired, scope: &'a Scope) ->
     }
 }
 
-/// Writes the differences to the log, of which no node in particular is told if `every_node`.
-pub fn log(changes: &[Change<'_>], every_node: bool) {
+/// For whom the differences are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Audience {
+    /// This node's kernel, which they are in force in.
+    Kernel,
+    /// Somebody who is told of a node.
+    Node,
+    /// Those who are told of every node.
+    EveryNode,
+}
+
+/// Writes the differences to the log.
+pub fn log(changes: &[Change<'_>], audience: Audience) {
     if changes.len() > MAX_LINES {
-        if every_node {
-            tracing::info!(changes = changes.len(), "many Services changed");
-        } else {
-            tracing::info!(
-                changes = changes.len(),
-                "many Services changed; `proxier get services` shows them"
-            );
-        }
-        return;
-    }
-    if every_node {
-        for change in changes {
-            log_of_every_node(change);
-        }
+        let hint = if audience == Audience::Kernel { "; `proxier get services` shows them" } else { "" };
+        tracing::info!(changes = changes.len(), "many Services changed{hint}");
         return;
     }
     for change in changes {
         match change {
-            Change::Programmed(key, service) => line(key, service, "Service programmed"),
-            Change::Changed(key, service) => line(key, service, "Service changed"),
-            Change::WithoutPods(key, service) => {
-                let message = match service.no_backend {
-                    NoBackend::Drop => "Service without local pods: packets for it are dropped",
-                    NoBackend::Pass => "Service without local pods: packets for it are passed",
-                };
-                line(key, service, message);
-            }
             Change::Withdrawn(key, service) => tracing::info!(
                 service = %key.service,
                 family = %key.family,
                 externals = list(&service.externals),
                 "Service withdrawn"
             ),
+            Change::Programmed(key, service)
+            | Change::Changed(key, service)
+            | Change::WithoutPods(key, service)
+                if audience == Audience::EveryNode =>
+            {
+                tracing::info!(
+                    service = %key.service,
+                    family = %key.family,
+                    externals = list(&service.externals),
+                    sources = sources(service.sources.as_ref()),
+                    "Service passed on"
+                );
+            }
+            Change::WithoutPods(key, service) => {
+                let message = match (audience, service.no_backend) {
+                    (Audience::Kernel, NoBackend::Drop) => {
+                        "Service without local pods: packets for it are dropped"
+                    }
+                    (Audience::Kernel, NoBackend::Pass) => {
+                        "Service without local pods: packets for it are passed"
+                    }
+                    (Audience::Node | Audience::EveryNode, _) => "Service passed on, without local pods",
+                };
+                line(key, service, message);
+            }
+            Change::Programmed(key, service) | Change::Changed(key, service)
+                if audience == Audience::Node =>
+            {
+                line(key, service, "Service passed on");
+            }
+            Change::Programmed(key, service) => line(key, service, "Service programmed"),
+            Change::Changed(key, service) => line(key, service, "Service changed"),
         }
     }
-}
-
-fn log_of_every_node(change: &Change<'_>) {
-    let (key, service, message) = match change {
-        Change::Programmed(key, service)
-        | Change::Changed(key, service)
-        | Change::WithoutPods(key, service) => (key, service, "Service passed on"),
-        Change::Withdrawn(key, service) => (key, service, "Service withdrawn"),
-    };
-    tracing::info!(
-        service = %key.service,
-        family = %key.family,
-        externals = list(&service.externals),
-        sources = sources(service.sources.as_ref()),
-        "{message}"
-    );
 }
 
 fn line(key: &ServiceKey, service: &DesiredService, message: &str) {

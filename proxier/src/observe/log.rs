@@ -18,7 +18,7 @@ pub enum LogFormat {
 /// Libraries that log what this agent logs itself, once and with what to do, at every attempt and as errors. They are silent
 /// unless the filter names them. What kube says of certificates is told by nobody else.
 const SILENT: &str = "kube_client=off,kube_client::client::tls=warn,kube_runtime=off,hyper=off,hyper_util=off,rustls=off,\
-                      tower=off,tower_http=off";
+                      tower=off,tower_http=off,h2=off,tonic=off";
 
 /// Checks a filter without setting it up.
 ///

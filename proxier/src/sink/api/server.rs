@@ -3,12 +3,14 @@
 
 use std::{
     io,
+    num::NonZeroU32,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
 
+use governor::{Quota, RateLimiter};
 use proxier_localv1::{
     DESCRIPTORS, OpItem, WatchReq,
     op_item::Op,
@@ -54,6 +56,9 @@ const PREFACE: usize = 24;
 /// A client that does not answer for the sum of these has gone.
 const PING: Duration = Duration::from_secs(20);
 const PONG: Duration = Duration::from_secs(10);
+/// Lines about clients that are refused: a few, then one in ten seconds.
+const REFUSALS: Quota =
+    Quota::per_minute(NonZeroU32::new(6).unwrap()).allow_burst(NonZeroU32::new(10).unwrap());
 /// Where no connection can be accepted, for want of descriptors.
 const BREATH: Duration = Duration::from_millis(100);
 
@@ -123,6 +128,7 @@ async fn accept(
     connections: mpsc::Sender<io::Result<Connection>>,
 ) {
     let room = Arc::new(Semaphore::new(MAX_CONNECTIONS.min(descriptor_limit() / 2)));
+    let refusals = Arc::new(RateLimiter::direct(REFUSALS));
     let mut failing = false;
     let mut full = false;
     loop {
@@ -147,18 +153,24 @@ async fn accept(
             continue;
         };
         full = false;
-        let (tls, connections) = (tls.clone(), connections.clone());
+        let (tls, connections, refusals) = (tls.clone(), connections.clone(), Arc::clone(&refusals));
         // A client that says nothing holds up nobody but itself.
         tokio::spawn(async move {
             let io: Box<dyn Io> = match (stream, tls) {
                 (Stream::Unix(stream), _) => Box::new(stream),
                 (Stream::Tcp(stream), None) => Box::new(stream),
                 (Stream::Tcp(stream), Some(tls)) => {
+                    let peer = stream.peer_addr();
                     let acceptor = TlsAcceptor::from(tls.config());
                     match timeout(GREETING, acceptor.accept(stream)).await {
                         Ok(Ok(stream)) => Box::new(stream),
                         Ok(Err(error)) => {
-                            tracing::debug!("a connection to the API was refused: {error}");
+                            if let (Ok(peer), Ok(())) = (peer, refusals.check()) {
+                                tracing::warn!(
+                                    "a client of the API at {peer} is refused: {error}; see which certificates it has and \
+                                     trusts (--api-cert and --api-ca of proxier api)"
+                                );
+                            }
                             return;
                         }
                         Err(_) => return,
@@ -274,7 +286,12 @@ impl Sets for Watcher {
         let shared = Arc::clone(&self.shared);
         tokio::spawn(async move {
             let _counted = shared.metrics.api_client();
-            if let Err(status) = answer(&shared, request.into_inner(), &steps).await {
+            let mut client = None;
+            let answered = answer(&shared, request.into_inner(), &steps, &mut client).await;
+            if let Some(Client { node, .. }) = client {
+                tracing::info!(%node, "a client of the API has gone");
+            }
+            if let Err(status) = answered {
                 tracing::debug!("a client of the API is let go: {}", status.message());
                 // Whoever does not read this either will find the stream ended.
                 let _ = steps.try_send(Err(status));
@@ -285,11 +302,18 @@ impl Sets for Watcher {
 }
 
 /// Gives a client batch after batch, as it asks for them, until it goes.
-async fn answer(shared: &Shared, mut requests: Streaming<WatchReq>, steps: &Steps) -> Result<(), Status> {
-    let mut stream: Option<Client> = None;
+async fn answer(
+    shared: &Shared,
+    mut requests: Streaming<WatchReq>,
+    steps: &Steps,
+    stream: &mut Option<Client>,
+) -> Result<(), Status> {
     let mut seen = None;
     while let Some(request) = requests.message().await? {
         let client = client(request)?;
+        if stream.is_none() {
+            tracing::info!(node = %client.node, "a client follows the API");
+        }
         let stream = stream.get_or_insert_with(|| client.clone());
         if *stream != client {
             // kpng's clients forget what they have when they open a stream, and at no other time.

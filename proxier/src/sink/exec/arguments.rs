@@ -1,12 +1,18 @@
 //! The flags of `to-exec`, and which command is meant.
 
-use std::{env, ffi::OsString, time::Duration};
+use std::{
+    env,
+    ffi::{OsStr, OsString},
+    path::Path,
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use clap::{
     Arg, ArgAction, ArgMatches, Args, FromArgMatches,
     builder::{OsStringValueParser, TypedValueParser as _, ValueParser},
     error::ErrorKind,
+    parser::ValueSource,
 };
 use jiff::SignedDuration;
 
@@ -100,6 +106,13 @@ impl FromArgMatches for CommandArgs {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
         let mut words = matches.get_many::<OsString>(COMMAND).into_iter().flatten().cloned();
         match words.next().filter(|program| !program.is_empty()) {
+            Some(program) if is_sentence(matches, &program) => Err(clap::Error::raw(
+                ErrorKind::InvalidValue,
+                format!(
+                    "CALLOUT is a program's name, without arguments: write to-exec -- {}\n",
+                    program.display()
+                ),
+            )),
             Some(program) => Ok(Self { program, arguments: words.collect() }),
             None => Err(clap::Error::raw(
                 ErrorKind::MissingRequiredArgument,
@@ -113,6 +126,13 @@ impl FromArgMatches for CommandArgs {
         *self = Self::from_arg_matches(matches)?;
         Ok(())
     }
+}
+
+/// Whether CALLOUT has blanks, and names no file.
+fn is_sentence(matches: &ArgMatches, program: &OsStr) -> bool {
+    matches.value_source(COMMAND) == Some(ValueSource::EnvVariable)
+        && program.to_string_lossy().contains(' ')
+        && !Path::new(program).exists()
 }
 
 fn timeout(text: &str) -> Result<Duration, String> {
