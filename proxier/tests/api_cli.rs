@@ -189,7 +189,10 @@ fn what_is_wrong_on_the_command_line_is_said_at_once() {
         (&["--api", "http://127.0.0.1:12090"][..], "only tcp:// and unix:// are known"),
         (&["--api-cert", "/tls.crt"], "--api-ca <FILE>"),
         (&["--api-key", "/tls.key", "--api-ca", "/ca.crt"], "--api-cert <FILE>"),
-        (&["--api", "unix:///run/api.sock", "--api-ca", "/ca.crt"], "a unix socket's owner and mode"),
+        (
+            &["--api", "unix:///run/api.sock", "--api-ca", "/ca.crt"],
+            "who may use a unix socket is up to its owner and mode",
+        ),
     ] {
         let (code, log) = ends(arguments);
         assert_eq!(code, Some(2), "{log}");

@@ -375,7 +375,7 @@ async fn answer(stream: TcpStream, routes: Router, place: Place, displaced: ones
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::VecDeque, net::IpAddr};
+    use std::net::IpAddr;
 
     use axum::routing::get;
     use tokio::{
@@ -481,57 +481,6 @@ mod tests {
         let socket = TcpSocket::new_v4().unwrap();
         socket.bind((Ipv4Addr::from(source), 0).into()).unwrap();
         socket.connect(address).await.unwrap()
-    }
-
-    /// Asks again and again from 127.0.0.1 while clients that say nothing come from `sources`, one after the other, as fast
-    /// as they can. Returns the longest wait.
-    async fn wait_amid_silent_clients(sources: &'static [u8]) -> Duration {
-        let (_server, bound) = started("0.0.0.0:0").await;
-        let bound = SocketAddr::from((Ipv4Addr::LOCALHOST, bound.port()));
-        let (tell, mut told) = watch::channel(0);
-        let silent = tokio::spawn(async move {
-            let mut open = VecDeque::new();
-            for source in sources.iter().cycle() {
-                open.push_back(connect([127, 0, 1, *source], bound).await);
-                // Bounded, as the descriptors of a test are; more than there is room for at the server, and in its queue.
-                if open.len() > 300 {
-                    open.pop_front();
-                }
-                tell.send_modify(|count| *count += 1);
-            }
-        });
-        told.wait_for(|count| *count >= 300).await.unwrap();
-        let mut longest = Duration::ZERO;
-        for _ in 0..50 {
-            let begin = Instant::now();
-            let answer = timeout(Duration::from_secs(10), say(bound, REQUEST)).await.unwrap();
-            assert!(answer.ends_with("hello"), "{answer:?}");
-            longest = longest.max(begin.elapsed());
-        }
-        assert!(!silent.is_finished());
-        silent.abort();
-        longest
-    }
-
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn a_probe_is_answered_soon_though_one_address_sends_clients_that_say_nothing() {
-        let wait = wait_amid_silent_clients(&[2]).await;
-        assert!(wait < Duration::from_secs(1), "{wait:?}");
-    }
-
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn a_probe_is_answered_soon_though_many_addresses_send_clients_that_say_nothing() {
-        const SOURCES: [u8; 200] = {
-            let mut sources = [0; 200];
-            let mut n = 0_u8;
-            while n < 200 {
-                sources[n as usize] = n + 1;
-                n += 1;
-            }
-            sources
-        };
-        let wait = wait_amid_silent_clients(&SOURCES).await;
-        assert!(wait < Duration::from_secs(1), "{wait:?}");
     }
 
     #[tokio::test]
