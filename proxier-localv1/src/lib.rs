@@ -42,14 +42,16 @@ impl<'a> Path<'a> {
     ///
     /// # Errors
     ///
-    /// A part is missing or empty.
+    /// A part is missing or empty, or has blanks or control characters.
     pub fn parse(path: &'a str) -> Result<Self, NotAPath> {
         // Nothing says that a key has no slash.
         let mut parts = path.splitn(3, '/');
         let (Some(namespace), Some(name), key) = (parts.next(), parts.next(), parts.next()) else {
             return Err(NotAPath);
         };
-        if namespace.is_empty() || name.is_empty() || key == Some("") {
+        // They are shown to people, line by line.
+        let is_odd = path.contains(|c: char| c.is_control() || c.is_whitespace());
+        if namespace.is_empty() || name.is_empty() || key == Some("") || is_odd {
             return Err(NotAPath);
         }
         Ok(Self { namespace, name, key })
@@ -82,7 +84,9 @@ mod tests {
 
     #[test]
     fn a_path_without_a_part_is_none() {
-        for path in ["", "/", "web", "default/", "/web", "default/web/", "//x"] {
+        for path in
+            ["", "/", "web", "default/", "/web", "default/web/", "//x", "a/b c", "a/b/c\nd", "a\u{1b}/b"]
+        {
             assert_eq!(Path::parse(path), Err(NotAPath), "{path:?}");
         }
     }

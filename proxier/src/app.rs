@@ -99,6 +99,8 @@ impl Shutdown {
 pub struct Tellers {
     /// Metrics, health and status.
     pub observed: Observed,
+    /// For whom the log's lines about Services are true.
+    pub audience: Audience,
     /// Events at the API server; none if there is no API server.
     pub events: Option<Events>,
     /// The answers to load balancers that ask at a `healthCheckNodePort`; none if packets do not come to this machine.
@@ -109,7 +111,7 @@ impl Tellers {
     /// Nobody but `observed`.
     #[must_use]
     pub const fn new(observed: Observed) -> Self {
-        Self { observed, events: None, service_health: None }
+        Self { observed, audience: Audience::Node, events: None, service_health: None }
     }
 }
 
@@ -130,10 +132,8 @@ pub async fn run(
     shutdown: Shutdown,
 ) -> anyhow::Result<()> {
     let mut agent = Agent::new(sink, settings, tellers);
-    match machine {
-        Machine::ThisNode => agent.watch_addresses(addresses::of_this_node)?,
-        Machine::Any if agent.state.settings().every_node => agent.audience = Audience::EveryNode,
-        Machine::Any => agent.audience = Audience::Node,
+    if machine == Machine::ThisNode {
+        agent.watch_addresses(addresses::of_this_node)?;
     }
     agent.run(batches, until, shutdown.signalled()).await
 }
@@ -185,8 +185,6 @@ struct Agent<'a> {
     /// As `tick_failed`.
     addresses_failed: bool,
     tellers: Tellers,
-    /// For whom the log's lines are true.
-    audience: Audience,
     beat: Beat,
 }
 
@@ -217,7 +215,6 @@ impl<'a> Agent<'a> {
             addresses_failed: false,
             beat: tellers.observed.beat("agent", TURN),
             tellers,
-            audience: Audience::Kernel,
         }
     }
 
@@ -409,7 +406,7 @@ impl<'a> Agent<'a> {
     fn tell_changes(&mut self, scope: Scope) {
         let (catalog, desired) = (self.state.catalog(), self.state.desired());
         let changes = changes::between(&self.in_force, desired, &scope);
-        changes::log(&changes, self.audience);
+        changes::log(&changes, self.tellers.audience);
         if let Some(events) = &self.tellers.events {
             let node = &self.state.settings().node;
             notices::of_changes(&changes, &self.in_force, catalog, node)

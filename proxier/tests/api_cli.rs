@@ -141,7 +141,7 @@ fn a_state_without_services_is_said() {
     let server = Server::start();
     server.script.whole([]);
     let mut agent = to_json(&server.address);
-    let line = agent.logs("has no Service for this node yet: nothing to do until it has");
+    let line = agent.logs("has no Service for this node");
     assert!(line.contains(" INFO "), "{line}");
 }
 

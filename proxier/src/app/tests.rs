@@ -69,7 +69,8 @@ impl Sink for Recorder {
 }
 
 fn tellers() -> Tellers {
-    Tellers::new(Observed::new(&settings().node, "test", None))
+    let observed = Observed::new(&settings().node, "test", None);
+    Tellers { audience: Audience::Kernel, ..Tellers::new(observed) }
 }
 
 fn settings() -> Settings {

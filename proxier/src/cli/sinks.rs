@@ -15,6 +15,7 @@ use crate::{
     model::NodeName,
     observe::{
         Observed,
+        changes::Audience,
         events::Events,
         http::{self, ListenArgs},
         listen,
@@ -313,7 +314,8 @@ where
         Some(address) => {
             let (tls, carried) = (tls.files(), carried.carried()?);
             // Packets do not wait for it.
-            Some(ApiSink::serve(&address, tls, Taken::Waits, carried, Arc::clone(&observed.metrics))?)
+            let api = ApiSink::serve(&address, tls, Taken::Waits, carried, Arc::clone(&observed.metrics))?;
+            Some(of_its_node(api, kind, &node))
         }
         None => None,
     };
@@ -324,11 +326,17 @@ where
     };
     let batches = start(observed.onlooker())?;
     let tellers = Tellers {
+        audience: Audience::Kernel,
         events: events.map(|client| Events::start(client, &node, &observed)),
         service_health: Some(ServiceHealth::new(observed.health.clone())),
         observed,
     };
     app::run(batches, &mut *sink, settings, tellers, Until::Signalled, Machine::ThisNode, shutdown).await
+}
+
+/// A server of kpng's API says of one node alone which pods are on it.
+fn of_its_node(api: ApiSink, kind: &str, node: &NodeName) -> ApiSink {
+    if kind == "api" { api.for_node(node.clone()) } else { api }
 }
 
 async fn to_api<S>(arguments: ToApiArgs, beginning: Beginning<S>) -> anyhow::Result<()>
@@ -341,9 +349,10 @@ where
     let observed = Observed::new(&node, kind, None);
     let _servers = http::serve(&observed, health);
     let (tls, carried) = (tls.files(), carried.carried()?);
-    let mut api = ApiSink::serve(&address, tls, Taken::Fails, carried, Arc::clone(&observed.metrics))?;
+    let api = ApiSink::serve(&address, tls, Taken::Fails, carried, Arc::clone(&observed.metrics))?;
+    let mut api = of_its_node(api, kind, &node);
     let batches = start(observed.onlooker())?;
-    let tellers = Tellers::new(observed);
+    let tellers = Tellers { audience: Audience::EveryNode, ..Tellers::new(observed) };
     // The backends may run anywhere, so what this host's interfaces have does not matter.
     app::run(batches, &mut api, settings, tellers, Until::Signalled, Machine::Any, shutdown).await
 }
@@ -378,9 +387,9 @@ where
     let batches = start(observed.onlooker())?;
     let mut exec = ExecSink::start(invocation, timing, node, carried, Box::new(io::stdout()), onlooker);
     let tellers = Tellers::new(observed);
-    // The lines are those of `to-json`.
+    // What reads the lines makes rules of this node as a rule: its own addresses are nobody else's.
     let result =
-        app::run(batches, &mut exec, settings, tellers, Until::Signalled, Machine::Any, shutdown).await;
+        app::run(batches, &mut exec, settings, tellers, Until::Signalled, Machine::ThisNode, shutdown).await;
     exec.stop().await;
     result
 }

@@ -4,7 +4,7 @@
 use std::{
     collections::BTreeSet,
     fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
 use tokio::{sync::watch, task::JoinHandle};
@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     desired::{Desired, Scope},
-    model::ObjectName,
+    model::{NodeName, ObjectName},
     observe::metrics::Metrics,
 };
 
@@ -37,8 +37,9 @@ pub use self::{
 /// Where kpng's backends look for it; kpng itself listens on every address.
 pub const DEFAULT_LISTEN_ADDRESS: &str = "tcp://127.0.0.1:12090";
 
-/// How many values that have gone are remembered. A client that comes back after more have gone starts over.
-const MAX_GONE: usize = 10_000;
+/// How many values that have gone are remembered, in some ten megabytes at most. A client that has not asked while more went starts
+/// over.
+const MAX_GONE: usize = 100_000;
 
 /// What becomes of an address that somebody else has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +70,8 @@ impl fmt::Debug for ApiSink {
 #[derive(Debug)]
 struct Shared {
     store: Mutex<Store>,
+    /// The only node that the source knows the pods of, if it is one.
+    only: OnceLock<NodeName>,
     revision: watch::Receiver<Option<Revision>>,
     metrics: Arc<Metrics>,
 }
@@ -125,9 +128,17 @@ impl ApiSink {
         }
         let (revision, newest) = watch::channel(None);
         let store = Mutex::new(Store::new(MAX_GONE));
-        let shared = Arc::new(Shared { store, revision: newest, metrics });
+        let shared = Arc::new(Shared { store, only: OnceLock::new(), revision: newest, metrics });
         let server = tokio::spawn(server::run(Arc::clone(&shared), listener, tls));
         Ok(Self { carried, shared, revision, bound, server })
+    }
+
+    /// Serves clients of `node` alone: of others the source does not know which pods are theirs.
+    #[must_use]
+    pub fn for_node(self, node: NodeName) -> Self {
+        // Nobody is given anything before the first state.
+        let _ = self.shared.only.set(node);
+        self
     }
 
     /// Where it listens, with the port that the kernel has chosen if none was given.
@@ -145,19 +156,22 @@ impl Drop for ApiSink {
 
 impl Sink for ApiSink {
     fn apply(&mut self, snapshot: Snapshot<'_>) -> anyhow::Result<()> {
-        let mut store = self.shared.store();
         let names: BTreeSet<ObjectName> = match snapshot.touched {
             Scope::Only(names) => names.clone(),
             Scope::All => {
                 let there = snapshot.catalog.services().map(|service| &service.name);
-                there.chain(store.names()).cloned().collect()
+                there.chain(self.shared.store().names()).cloned().collect()
             }
         };
-        let revision = store.put(names.into_iter().map(|name| {
-            let exported = Exported::of(snapshot, &name, &self.carried);
-            (name, exported)
-        }));
-        drop(store);
+        // Before the lock: clients ask meanwhile.
+        let services: Vec<_> = names
+            .into_iter()
+            .map(|name| {
+                let exported = Exported::of(snapshot, &name, &self.carried);
+                (name, exported)
+            })
+            .collect();
+        let revision = self.shared.store().put(services);
         self.revision.send_if_modified(|known| known.replace(revision) != Some(revision));
         Ok(())
     }

@@ -42,6 +42,13 @@ pub const DEFAULT_ADDRESS: &str = "127.0.0.1:12090";
 /// What is followed, for who looks on.
 const STATE: &str = "state";
 
+/// How long a server that answers pings may take to answer the call. Kpng and proxier do so at once, whatever they have to say.
+const ANSWER: Duration = Duration::from_secs(60);
+/// The pause after a batch without news.
+const NO_NEWS: Duration = Duration::from_millis(10);
+/// How long a server may take over its first state before somebody wonders.
+const FIRST_STATE: Duration = Duration::from_secs(5);
+
 /// The largest message that is read. A Service with as many addresses and ports as etcd would take is a tenth of it.
 const MAX_MESSAGE: usize = 16 << 20;
 
@@ -179,18 +186,37 @@ impl Follower {
         let request = WatchReq { node_name: self.options.node.to_string(), draining: true };
         // There is room: the first request must be there before the call, since some servers answer nothing before it.
         let _ = requests.try_send(request.clone());
-        let mut items = match client.watch(ReceiverStream::new(receiver)).await {
-            Ok(answer) => answer.into_inner(),
-            Err(status) => return Ended::With(status),
+        let mut items = match time::timeout(ANSWER, client.watch(ReceiverStream::new(receiver))).await {
+            Ok(Ok(answer)) => answer.into_inner(),
+            Ok(Err(status)) => return Ended::With(status),
+            Err(_) => return Ended::Of(Failure::slow(ANSWER)),
         };
         self.reporter.accepted(STATE);
+        let mut waits_quietly = true;
         loop {
-            match items.message().await {
+            let message = if waits_quietly && !self.begun {
+                match time::timeout(FIRST_STATE, items.message()).await {
+                    Ok(message) => message,
+                    Err(_) => {
+                        waits_quietly = false;
+                        tracing::info!(
+                            "the localv1 server {} has sent no state yet: its own source is away, or it is kpng and has no \
+                             Service; nothing is changed before it has",
+                            self.options.address
+                        );
+                        continue;
+                    }
+                }
+            } else {
+                items.message().await
+            };
+            match message {
                 Ok(Some(item)) => match self.take(item).await {
                     Ok(false) => {}
                     Ok(true) => {
-                        // If it does not want to be asked any more, the stream tells why.
-                        let _ = requests.send(request.clone()).await;
+                        // If it does not want to be asked any more, the stream tells why. If there is no room, it has not read what it
+                        // was asked before.
+                        let _ = requests.try_send(request.clone());
                     }
                     Err(failure) => return Ended::Of(failure),
                 },
@@ -218,13 +244,12 @@ impl Follower {
             onlooker.relisted(STATE);
         }
         if self.begun && objects.is_empty() && problems.is_none() {
+            // A server that says nothing again and again is not asked as fast as it can.
+            time::sleep(NO_NEWS).await;
             return Ok(true);
         }
         if !self.begun && objects.is_empty() {
-            tracing::info!(
-                "the localv1 server {} has no Service for this node yet: nothing to do until it has",
-                self.options.address
-            );
+            tracing::info!("the localv1 server {} has no Service for this node", self.options.address);
         }
         self.begun = true;
         let events = objects.into_iter().map(|(id, object)| object.map_or(Event::Delete(id), Event::Apply));

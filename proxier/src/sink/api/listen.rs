@@ -16,7 +16,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use nix::{
     fcntl::{OFlag, open},
-    sys::stat::Mode,
+    sys::stat::{Mode, fchmod},
 };
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
@@ -217,7 +217,13 @@ fn bind_unix(path: &Path) -> anyhow::Result<UnixListener> {
         Err(error) if error.kind() != ErrorKind::NotFound => return Err(error.into()),
         _ => {}
     }
-    let listener = UnixListener::bind(&temporary)?;
+    // From the start nobody else may connect, whatever the umask says.
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    fchmod(&socket, Mode::from_bits_truncate(SOCKET_MODE))?;
+    socket.bind(&SockAddr::unix(&temporary)?)?;
+    socket.listen(BACKLOG)?;
+    socket.set_nonblocking(true)?;
+    let listener = UnixListener::from_std(socket.into())?;
     fs::set_permissions(&temporary, fs::Permissions::from_mode(SOCKET_MODE))
         .and_then(|()| fs::rename(&temporary, &place))
         .inspect_err(|_| drop(fs::remove_file(&temporary)))?;

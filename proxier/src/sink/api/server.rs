@@ -5,11 +5,15 @@ use std::{
     io,
     num::NonZeroU32,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
 
+use futures::task::AtomicWaker;
 use governor::{Quota, RateLimiter};
 use proxier_localv1::{
     DESCRIPTORS, OpItem, WatchReq,
@@ -19,12 +23,12 @@ use proxier_localv1::{
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
-    time::{Sleep, sleep, timeout},
+    time::{Instant, Sleep, sleep, timeout, timeout_at},
 };
 use tokio_rustls::TlsAcceptor;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
-    Request, Response, Status, Streaming,
+    Code, Request, Response, Status, Streaming,
     transport::{Server, server::Connected},
 };
 
@@ -40,7 +44,7 @@ use crate::{model::NodeName, observe::listen::descriptor_limit};
 /// more.
 const MAX_CONNECTIONS: usize = 16_384;
 /// Of a connection. A client needs one.
-const MAX_STREAMS: u32 = 32;
+const MAX_STREAMS: u32 = 8;
 /// A request is a name.
 const MAX_REQUEST: usize = 4096;
 /// As long as the API server takes names.
@@ -49,6 +53,8 @@ const MAX_NODE_NAME: usize = 253;
 const QUEUE: usize = 64;
 /// How long a client may take to read a step. kpng's take a batch in before they do anything with it.
 const STALLED: Duration = Duration::from_secs(60);
+/// And a whole batch.
+const WHOLE_BATCH: Duration = Duration::from_secs(600);
 /// How long a client may take until it is clear what it is, and again until it has said its first words.
 pub(super) const GREETING: Duration = Duration::from_secs(10);
 /// How many bytes those have with which every HTTP/2 client begins.
@@ -99,9 +105,9 @@ pub(super) async fn run(
         .http2_keepalive_timeout(Some(PONG))
         .max_concurrent_streams(MAX_STREAMS)
         .add_service(sets)
-        .add_service(health_service)
-        .add_service(current)
-        .add_service(older)
+        .add_service(health_service.max_decoding_message_size(MAX_REQUEST))
+        .add_service(current.max_decoding_message_size(MAX_REQUEST))
+        .add_service(older.max_decoding_message_size(MAX_REQUEST))
         .serve_with_incoming(ReceiverStream::new(incoming));
     tokio::select! {
         () = accept(listener, tls.map(Arc::new), connections) => {}
@@ -184,6 +190,20 @@ async fn accept(
     }
 }
 
+/// Ends a connection from one of its streams: what a stream has to say does not get through to a client that reads nothing.
+#[derive(Debug, Default)]
+pub(super) struct Hangup {
+    asked: AtomicBool,
+    waker: AtomicWaker,
+}
+
+impl Hangup {
+    fn ask(&self) {
+        self.asked.store(true, Ordering::Release);
+        self.waker.wake();
+    }
+}
+
 /// What HTTP/2 is spoken over.
 pub(super) trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
 
@@ -193,6 +213,7 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
 pub(super) struct Connection {
     io: Box<dyn Io>,
     greeting: Option<Greeting>,
+    hangup: Arc<Hangup>,
     _place: OwnedSemaphorePermit,
 }
 
@@ -206,14 +227,16 @@ struct Greeting {
 impl Connection {
     pub(super) fn new(io: Box<dyn Io>, place: OwnedSemaphorePermit) -> Self {
         let greeting = Greeting { missing: PREFACE, deadline: Box::pin(sleep(GREETING)) };
-        Self { io, greeting: Some(greeting), _place: place }
+        Self { io, greeting: Some(greeting), hangup: Arc::default(), _place: place }
     }
 }
 
 impl Connected for Connection {
-    type ConnectInfo = ();
+    type ConnectInfo = Arc<Hangup>;
 
-    fn connect_info(&self) {}
+    fn connect_info(&self) -> Arc<Hangup> {
+        Arc::clone(&self.hangup)
+    }
 }
 
 impl AsyncRead for Connection {
@@ -222,6 +245,10 @@ impl AsyncRead for Connection {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        self.hangup.waker.register(context.waker());
+        if self.hangup.asked.load(Ordering::Acquire) {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
         let before = buffer.filled().len();
         let read = Pin::new(&mut self.io).poll_read(context, buffer);
         if let Some(greeting) = &mut self.greeting {
@@ -284,6 +311,7 @@ impl Sets for Watcher {
     ) -> Result<Response<Self::WatchStream>, Status> {
         let (steps, stream) = mpsc::channel(QUEUE);
         let shared = Arc::clone(&self.shared);
+        let hangup = request.extensions().get::<Arc<Hangup>>().cloned();
         tokio::spawn(async move {
             let _counted = shared.metrics.api_client();
             let mut client = None;
@@ -293,8 +321,12 @@ impl Sets for Watcher {
             }
             if let Err(status) = answered {
                 tracing::debug!("a client of the API is let go: {}", status.message());
-                // Whoever does not read this either will find the stream ended.
+                let is_stalled = status.code() == Code::DeadlineExceeded;
+                // One who reads nothing would not read this either.
                 let _ = steps.try_send(Err(status));
+                if let (true, Some(hangup)) = (is_stalled, hangup) {
+                    hangup.ask();
+                }
             }
         });
         Ok(Response::new(ReceiverStream::new(stream)))
@@ -322,18 +354,18 @@ async fn answer(
             ));
         }
         let Some(batch) = next(shared, &client, &mut seen, steps).await? else { return Ok(()) };
+        let until = Instant::now() + WHOLE_BATCH;
         for item in batch.items() {
             match item.op {
                 Some(Op::Set(_)) => shared.metrics.api_step("set"),
                 Some(Op::Delete(_)) => shared.metrics.api_step("delete"),
                 _ => {}
             }
-            match timeout(STALLED, steps.send(Ok(item))).await {
+            match timeout_at(until.min(Instant::now() + STALLED), steps.send(Ok(item))).await {
                 Ok(Ok(())) => {}
                 Ok(Err(_)) => return Ok(()),
                 Err(_) => {
-                    let seconds = STALLED.as_secs();
-                    return Err(Status::deadline_exceeded(format!("nothing was read for {seconds} seconds")));
+                    return Err(Status::deadline_exceeded("the batch that was asked for is not read"));
                 }
             }
         }
@@ -364,6 +396,13 @@ async fn next(
     let mut news = shared.revision.clone();
     loop {
         if news.borrow_and_update().is_some() {
+            if let Some(only) = shared.only.get()
+                && *only != client.node
+            {
+                return Err(Status::failed_precondition(format!(
+                    "what is served here was told of node {only} alone: ask for that node, or ask the controller itself"
+                )));
+            }
             let batch = shared.store().batch(client, *seen);
             let Some(batch) = batch else {
                 return Err(Status::aborted(

@@ -180,7 +180,9 @@ impl Store {
 
     /// Forgets of what has gone what is too much.
     fn forget(&mut self) {
-        while self.gone.len() > self.max_gone {
+        // What has gone just now nobody has been told yet.
+        while self.gone.len() > self.max_gone && self.gone.front().is_some_and(|gone| gone.at < self.revision)
+        {
             let Some(Gone { at, service, key }) = self.gone.pop_front() else { return };
             self.horizon = self.horizon.max(at);
             let Some(entry) = self.services.get_mut(&service) else { continue };

@@ -30,6 +30,9 @@ use super::{Address, MAX_MESSAGE, Options, failure::Failure};
 
 /// How much may be on the way: the first state of a large cluster takes a few round trips, and not hundreds.
 const WINDOW: u32 = 1 << 20;
+/// Of all streams together, of which there is one, so that the other bounds what is held. h2 0.4 takes small frames that nobody has
+/// read yet for an attack when they are more than half of this one would hold; kpng sends each value in a frame of its own.
+const CONNECTION_WINDOW: u32 = 128 << 20;
 
 /// See [`Pings::Seldom`].
 const SELDOM: Duration = Duration::from_mins(6);
@@ -130,7 +133,7 @@ pub(super) async fn connect(options: &Options, pings: Pings) -> Result<Connectio
     let handshake = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .initial_stream_window_size(WINDOW)
-        .initial_connection_window_size(WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
         .keep_alive_interval(match pings {
             Pings::Often => pause,
             Pings::Seldom => SELDOM,
