@@ -29,6 +29,9 @@ mod server;
 mod store;
 mod tls;
 
+/// What the fuzzer calls.
+#[cfg(any(test, fuzzing))]
+pub use self::store::reference::watch as fuzz_watch;
 pub use self::{
     listen::{ListenAddress, NotAListenAddress},
     tls::{TlsError, TlsFiles},

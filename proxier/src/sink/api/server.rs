@@ -375,7 +375,7 @@ async fn answer(
     Ok(())
 }
 
-fn client(request: WatchReq) -> Result<Client, Status> {
+pub(super) fn client(request: WatchReq) -> Result<Client, Status> {
     let WatchReq { node_name, draining } = request;
     if node_name.len() > MAX_NODE_NAME {
         return Err(Status::invalid_argument(format!(

@@ -422,5 +422,7 @@ fn endpoint_ref(name: &ObjectName, key: &str) -> Ref {
     Ref { set: Set::EndpointsSet.into(), path: localv1::endpoint_path(&name.namespace, &name.name, key) }
 }
 
+#[cfg(any(test, fuzzing))]
+pub(super) mod reference;
 #[cfg(test)]
 mod tests;

@@ -1,9 +1,9 @@
-use std::{any::Any, collections::BTreeMap, sync::Weak};
+use std::{any::Any, sync::Weak};
 
 use proptest::prelude::*;
-use proxier_localv1::{Endpoint, IpSet, Path, Service};
+use proxier_localv1::{Endpoint, IpSet, Service};
 
-use super::*;
+use super::{reference::World, *};
 use crate::{
     model::{Family, testing::mk_name},
     sink::export::Pod,
@@ -187,90 +187,6 @@ fn who_has_seen_everything_is_told_of_whatever_goes_at_once() {
     assert_eq!(steps.iter().filter(|step| step.starts_with("delete")).count(), 10, "{steps:?}");
 }
 
-/// What one client has after everything that it was told.
-#[derive(Debug)]
-struct Told {
-    client: Client,
-    seen: Option<Revision>,
-    services: BTreeMap<ObjectName, Service>,
-    endpoints: BTreeMap<(ObjectName, String), Endpoint>,
-}
-
-impl Told {
-    fn ask(&mut self, store: &Store) -> Result<(), TestCaseError> {
-        let batch = store.batch(&self.client, self.seen).or_else(|| store.batch(&self.client, None)).unwrap();
-        self.seen = Some(batch.revision);
-        let mut synced = false;
-        for item in batch.items() {
-            prop_assert!(!synced, "nothing comes after Sync");
-            match item.op.unwrap() {
-                Op::Reset(_) => {
-                    self.services.clear();
-                    self.endpoints.clear();
-                }
-                Op::Set(Value { r#ref, bytes }) => {
-                    let place = r#ref.unwrap();
-                    let Path { namespace, name, key } = Path::parse(&place.path).unwrap();
-                    let name = ObjectName::new(namespace, name);
-                    match key {
-                        None => {
-                            self.services.insert(name, Service::decode(bytes).unwrap());
-                        }
-                        Some(key) => {
-                            prop_assert!(self.services.contains_key(&name), "no Service for {}", place.path);
-                            self.endpoints.insert((name, key.to_owned()), Endpoint::decode(bytes).unwrap());
-                        }
-                    }
-                }
-                Op::Delete(place) => {
-                    let Path { namespace, name, key } = Path::parse(&place.path).unwrap();
-                    let name = ObjectName::new(namespace, name);
-                    match key {
-                        None => {
-                            prop_assert!(self.services.remove(&name).is_some(), "never told: {name}");
-                            prop_assert!(
-                                !self.endpoints.keys().any(|(of, _)| *of == name),
-                                "outlived: {name}"
-                            );
-                        }
-                        Some(key) => {
-                            self.endpoints.remove(&(name, key.to_owned()));
-                        }
-                    }
-                }
-                Op::Sync(_) => synced = true,
-            }
-        }
-        prop_assert!(synced);
-        Ok(())
-    }
-
-    fn check(&self, state: &BTreeMap<ObjectName, Exported>) -> Result<(), TestCaseError> {
-        let services: BTreeMap<_, _> =
-            state.iter().map(|(name, exported)| (name.clone(), exported.service.clone())).collect();
-        prop_assert_eq!(&self.services, &services);
-        let mut endpoints = BTreeMap::new();
-        for (name, exported) in state {
-            for endpoint in &exported.endpoints {
-                let local = endpoint.node.as_ref() == Some(&self.client.node);
-                let Some(scopes) = exported.scopes(local) else { continue };
-                if endpoint.draining && !(self.client.draining && local) {
-                    continue;
-                }
-                let told = Endpoint {
-                    local,
-                    scopes: Some(scopes),
-                    draining: endpoint.draining,
-                    ..endpoint.common.clone()
-                };
-                endpoints.insert((name.clone(), endpoint.key(&name.namespace)), told);
-            }
-        }
-        prop_assert_eq!(&self.endpoints, &endpoints);
-        Ok(())
-    }
-}
-
 #[derive(Clone, Debug)]
 enum Step {
     Put(Vec<(u8, Option<Exported>)>),
@@ -303,44 +219,21 @@ fn step() -> impl Strategy<Value = Step> {
 proptest! {
     #[test]
     fn whoever_asks_whenever_has_what_is_there(steps in prop::collection::vec(step(), 0..60), max_gone in 0usize..6) {
-        let mut store = Store::new(max_gone);
-        let mut state = BTreeMap::new();
-        let mut clients: Vec<Told> = [("node0", false), ("node0", true), ("node1", true), ("elsewhere", false)]
-            .into_iter()
-            .map(|(node, draining)| Told {
-                client: Client { draining, ..client(node) },
-                seen: None,
-                services: BTreeMap::new(),
-                endpoints: BTreeMap::new(),
-            })
-            .collect();
+        let mut world = World::new(max_gone);
         for step in steps {
             match step {
                 Step::Put(services) => {
-                    let services: BTreeMap<ObjectName, Option<Exported>> =
-                        services.into_iter().map(|(n, exported)| (mk_name(&format!("s{n}")), exported)).collect();
-                    for (name, exported) in &services {
-                        match exported {
-                            Some(exported) => state.insert(name.clone(), exported.clone()),
-                            None => state.remove(name),
-                        };
-                    }
-                    store.put(services);
-                    let newest = store.revision;
-                    prop_assert!(store.gone.len() <= max_gone || store.gone.iter().all(|gone| gone.at == newest));
-                    prop_assert_eq!(store.by_revision.len(), store.services.len());
+                    let named = services.into_iter().map(|(n, exported)| (mk_name(&format!("s{n}")), exported));
+                    world.put(named.collect());
                 }
-                Step::Ask(which) => {
-                    clients[which].ask(&store)?;
-                    clients[which].check(&state)?;
-                }
+                Step::Ask(which) => world.ask(which),
             }
         }
-        for told in &mut clients {
-            told.ask(&store)?;
-            told.check(&state)?;
-            prop_assert!(store.batch(&told.client, told.seen).is_some_and(|batch| batch.is_empty()));
-        }
-        prop_assert!(store.services.len() <= state.len() + store.gone.len());
+        world.finish();
+    }
+
+    #[test]
+    fn whatever_bytes_come_everybody_has_what_is_there(data in prop::collection::vec(any::<u8>(), 0..400)) {
+        super::reference::watch(&data);
     }
 }
