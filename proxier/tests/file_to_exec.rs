@@ -146,13 +146,12 @@ fn callout_names_a_program_without_arguments_as_it_does_for_kpng() {
     let mut command = lab.command("off", &["--", "echo", "\"from the command line\""]);
     command.env("CALLOUT", "/bin/cat");
     assert_eq!(Agent::start(command).next(), "from the command line");
-    // No shell, and no words: that is a file's name.
-    let mut agent = lab.start_callout(Path::new("/bin/cat -n"));
-    let error = agent.logs("ERROR");
-    assert!(
-        error.contains("the command `/bin/cat -n` cannot be started: No such file or directory"),
-        "{error}"
-    );
+    // No shell, and no words: that would be a file's name.
+    let mut command = lab.command("off", &[]);
+    let output = command.env("CALLOUT", "/bin/cat -n").output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(error.contains("without arguments: write to-exec -- /bin/cat -n"), "{error}");
 }
 
 #[test]
