@@ -43,6 +43,8 @@ impl Rig {
         let work = tempfile::tempdir().unwrap();
         let server = ApiServer::start().unwrap();
         server.set_bookmark_interval(Duration::from_millis(300));
+        // Room for as many lost histories as a sequence has steps.
+        server.skip_to(1_000_000).unwrap();
         let kubeconfig = work.path().join("kubeconfig");
         server.write_kubeconfig(&kubeconfig).unwrap();
         for number in 0..10 {

@@ -324,7 +324,8 @@ current-context: double
     }
 
     /// The same objects with resourceVersions that start again lower, and no history; watches are cut. What clients
-    /// see when etcd was lost and filled again.
+    /// see when etcd was lost and filled again. With [`Self::skip_to`] before the first object there is room for histories that
+    /// have no resourceVersion in common: else a client that comes late finds one that it knows, and cannot notice.
     pub fn reset_history(&self) {
         self.shared.change(|state| {
             state.store.restart();

@@ -17,6 +17,8 @@ use super::resource::Resource;
 const FIRST_SECOND: i64 = 1_767_225_600;
 /// A real cluster has made some revisions before anybody looks; and a reset has somewhere to go back to.
 const FIRST_REVISION: u64 = 100;
+/// So far below the beginning of a history the next begins, if there is room.
+const HISTORY: u64 = 10_000;
 
 /// An object at a revision.
 #[derive(Debug)]
@@ -102,6 +104,8 @@ struct Table {
 pub(super) struct Store {
     revision: u64,
     compacted: u64,
+    /// The revision before the first of this history.
+    origin: u64,
     /// Objects ever created: gives uids and times.
     created: u32,
     tables: BTreeMap<Resource, Table>,
@@ -112,6 +116,7 @@ impl Default for Store {
         Self {
             revision: FIRST_REVISION,
             compacted: FIRST_REVISION,
+            origin: FIRST_REVISION,
             created: 0,
             tables: Resource::ALL.map(|resource| (resource, Table::default())).into(),
         }
@@ -133,6 +138,9 @@ impl Store {
     pub(super) fn skip_to(&mut self, revision: u64) -> anyhow::Result<()> {
         if revision < self.revision {
             bail!("revision {} has been already, so the next cannot be after {revision}", self.revision);
+        }
+        if self.revision == self.origin {
+            self.origin = revision;
         }
         self.revision = revision;
         Ok(())
@@ -201,10 +209,14 @@ impl Store {
         self.compacted = self.revision;
     }
 
-    /// Starts again with the same objects and no history, at a revision that was before: what is left when etcd was
-    /// lost and the objects were written into a new one with their uids.
+    /// Starts again with the same objects and no history, lower than the history until now began: what is left when
+    /// etcd was lost and the objects were written into a new one with their uids.
+    ///
+    /// Where there is room for it ([`HISTORY`]), no revision is ever used twice. Without, one that a client has seen may come again
+    /// before the client does, and means something else then: no client can know what it has missed.
     pub(super) fn restart(&mut self) {
-        self.revision = 0;
+        self.origin = self.origin.saturating_sub(HISTORY);
+        self.revision = self.origin;
         for table in self.tables.values_mut() {
             table.changes.clear();
             table.versions.retain(|_, versions| {
@@ -431,6 +443,17 @@ mod tests {
         assert_eq!(names(&store, store.revision()), ["default/a", "default/b"]);
         assert_eq!(metadata(&store, "default/b")["uid"], uid);
         assert_eq!(metadata(&store, "default/b")["resourceVersion"], "2");
+    }
+
+    #[test]
+    fn a_restart_uses_no_revision_again_where_there_is_room() {
+        let mut store = Store::default();
+        store.skip_to(2 * HISTORY).unwrap();
+        for origin in [HISTORY, 0] {
+            store.put(&service("a", &format!("after {origin}"))).unwrap();
+            store.restart();
+            assert_eq!(metadata(&store, "default/a")["resourceVersion"], (origin + 1).to_string());
+        }
     }
 
     #[test]
