@@ -245,7 +245,8 @@ fn serve(size: Size, stalled: u32) {
     let _guard = runtime.enter();
     let address = "tcp://127.0.0.1:0".parse().unwrap();
     let sink =
-        ApiSink::serve(&address, None, Taken::Fails, Carried::none(), Arc::clone(&observed.metrics)).unwrap();
+        ApiSink::serve(&address, None, Taken::Fails, Carried::none(), None, Arc::clone(&observed.metrics))
+            .unwrap();
     let ListenAddress::Tcp(address) = *sink.bound() else { panic!("{sink:?}") };
     let mut world = World { state: State::new(Settings::new(node)), sink };
     for number in 0..BALLAST {

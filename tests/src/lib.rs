@@ -49,6 +49,27 @@ pub fn need_root() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Whether the programs of Debian's `packages` that a test runs are there. If not, that has been said, and the test is to end early;
+/// the xtask that runs all of them installs them.
+///
+/// # Panics
+///
+/// One is missing, under `CI=true`: a test left out there would never be missed.
+#[must_use]
+pub fn has_programs(programs: &[&str], packages: &str) -> bool {
+    for program in programs {
+        if let Err(error) = std::process::Command::new(program).arg("--version").output() {
+            assert!(
+                std::env::var("CI").as_deref() != Ok("true"),
+                "no {program} here, though CI=true: {error}"
+            );
+            eprintln!("SKIPPED: no {program} here ({error}): apt-get install {packages}");
+            return false;
+        }
+    }
+    true
+}
+
 /// Ends a test early, loudly, when it is not run as root. Under `CI=true` that is a failure: a tier left out there
 /// would never be missed.
 #[macro_export]

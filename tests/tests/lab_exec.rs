@@ -5,11 +5,11 @@
     reason = "a test that cannot go on panics; clippy sees tests in `#[test]` functions only"
 )]
 
-use std::{collections::BTreeSet, fs, net::IpAddr, process::Command};
+use std::{collections::BTreeSet, fs, net::IpAddr};
 
 use proxier_tests::{
     exchange::Protocol,
-    manifests,
+    has_programs, manifests,
     scenario::{EDIT_TAKES_EFFECT_WITHIN, SERVICE, Scenario, externals},
     skip_unless_root,
     topology::LabSpec,
@@ -32,15 +32,8 @@ const QUESTIONS: [(Protocol, u16); 9] = [
 
 /// A lab whose agent calls an example's script; none, with a word about it, if a program that it needs is not there.
 fn start(script: &str, programs: &[&str]) -> Option<Scenario> {
-    for program in programs {
-        if let Err(error) = Command::new(program).arg("--version").output() {
-            assert!(
-                std::env::var("CI").as_deref() != Ok("true"),
-                "no {program} here, though CI=true: {error}"
-            );
-            eprintln!("SKIPPED: no {program} here ({error}): apt-get install jq nftables iptables");
-            return None;
-        }
+    if !has_programs(programs, "jq nftables iptables") {
+        return None;
     }
     let script = manifests::examples().join("callout").join(script);
     let mut scenario = Scenario::prepare(&LabSpec::unique().with_clients(CLIENTS), &[]);

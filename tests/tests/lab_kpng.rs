@@ -11,7 +11,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
     os::unix::{fs::symlink, process::CommandExt as _},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Stdio},
     time::Duration,
 };
 
@@ -22,6 +22,7 @@ use nix::{
 use proxier_tests::{
     agent,
     exchange::Protocol,
+    has_programs,
     kube_scenario::{apply, apply_pods, prepare, without_loss},
     manifests,
     scenario::{SERVICE, Scenario, externals},
@@ -138,12 +139,8 @@ fn rows() -> Vec<(String, String)> {
 #[test]
 fn every_command_of_the_post_has_its_counterpart() {
     skip_unless_root!();
-    for program in ["jq", "nft"] {
-        if Command::new(program).arg("--version").output().is_err() {
-            assert!(std::env::var("CI").as_deref() != Ok("true"), "no {program} here, though CI=true");
-            eprintln!("SKIPPED: no {program} here: apt-get install jq nftables");
-            return;
-        }
+    if !has_programs(&["jq", "nft"], "jq nftables") {
+        return;
     }
     let (server, scenario) = prepare(&LabSpec::unique(), &[]);
     let pods = scenario.pod("alpine-1");

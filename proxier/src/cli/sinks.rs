@@ -6,7 +6,6 @@ use anyhow::Context as _;
 use clap::{Args, Subcommand, builder::BoolishValueParser};
 use globset::{Glob, GlobSet};
 use ipnet::IpNet;
-use tokio::sync::mpsc;
 
 use super::sources::Found;
 use crate::{
@@ -30,7 +29,6 @@ use crate::{
         export::Carried,
         json::JsonSink,
     },
-    source::{Batch, Onlooker},
 };
 
 #[derive(Debug, Subcommand)]
@@ -250,21 +248,18 @@ impl SinkCommand {
 }
 
 /// What every sink begins with.
-struct Beginning<S> {
+struct Beginning {
     node: NodeName,
-    found: Found<S>,
+    found: Found,
     shutdown: Shutdown,
 }
 
 /// Feeds a sink from the source that `find` finds, on `node`.
-pub(super) fn run<S>(
+pub(super) fn run(
     node: NodeName,
     sink: SinkCommand,
-    find: impl AsyncFnOnce() -> anyhow::Result<Found<S>>,
-) -> anyhow::Result<()>
-where
-    S: FnOnce(Arc<dyn Onlooker>) -> anyhow::Result<mpsc::Receiver<Batch>>,
-{
+    find: impl AsyncFnOnce() -> anyhow::Result<Found>,
+) -> anyhow::Result<()> {
     // A command would inherit it, and may be what the limit is low for.
     if !matches!(sink, SinkCommand::ToExec(_)) {
         listen::raise_descriptor_limit();
@@ -287,11 +282,8 @@ where
     })
 }
 
-async fn to_bpf<S>(arguments: ToBpfArgs, beginning: Beginning<S>) -> anyhow::Result<()>
-where
-    S: FnOnce(Arc<dyn Onlooker>) -> anyhow::Result<mpsc::Receiver<Batch>>,
-{
-    let Beginning { node, found: Found { kind, events, start }, shutdown } = beginning;
+async fn to_bpf(arguments: ToBpfArgs, beginning: Beginning) -> anyhow::Result<()> {
+    let Beginning { node, found: Found { kind, events, only, start }, shutdown } = beginning;
     let ToBpfArgs {
         uplinks,
         pin: PinArgs { pin_path },
@@ -314,8 +306,8 @@ where
         Some(address) => {
             let (tls, carried) = (tls.files(), carried.carried()?);
             // Packets do not wait for it.
-            let api = ApiSink::serve(&address, tls, Taken::Waits, carried, Arc::clone(&observed.metrics))?;
-            Some(of_its_node(api, kind, &node))
+            let metrics = Arc::clone(&observed.metrics);
+            Some(ApiSink::serve(&address, tls, Taken::Waits, carried, only, metrics)?)
         }
         None => None,
     };
@@ -334,33 +326,22 @@ where
     app::run(batches, &mut *sink, settings, tellers, Until::Signalled, Machine::ThisNode, shutdown).await
 }
 
-/// A server of kpng's API says of one node alone which pods are on it.
-fn of_its_node(api: ApiSink, kind: &str, node: &NodeName) -> ApiSink {
-    if kind == "api" { api.for_node(node.clone()) } else { api }
-}
-
-async fn to_api<S>(arguments: ToApiArgs, beginning: Beginning<S>) -> anyhow::Result<()>
-where
-    S: FnOnce(Arc<dyn Onlooker>) -> anyhow::Result<mpsc::Receiver<Batch>>,
-{
-    let Beginning { node, found: Found { kind, start, .. }, shutdown } = beginning;
+async fn to_api(arguments: ToApiArgs, beginning: Beginning) -> anyhow::Result<()> {
+    let Beginning { node, found: Found { kind, only, start, .. }, shutdown } = beginning;
     let ToApiArgs { listen: address, tls, carried, externals, health } = arguments;
     let settings = Settings { every_node: true, ..externals.settings(node.clone()) };
     let observed = Observed::new(&node, kind, None);
     let _servers = http::serve(&observed, health);
     let (tls, carried) = (tls.files(), carried.carried()?);
-    let api = ApiSink::serve(&address, tls, Taken::Fails, carried, Arc::clone(&observed.metrics))?;
-    let mut api = of_its_node(api, kind, &node);
+    let metrics = Arc::clone(&observed.metrics);
+    let mut api = ApiSink::serve(&address, tls, Taken::Fails, carried, only, metrics)?;
     let batches = start(observed.onlooker())?;
     let tellers = Tellers { audience: Audience::EveryNode, ..Tellers::new(observed) };
     // The backends may run anywhere, so what this host's interfaces have does not matter.
     app::run(batches, &mut api, settings, tellers, Until::Signalled, Machine::Any, shutdown).await
 }
 
-async fn to_json<S>(arguments: ToJsonArgs, beginning: Beginning<S>) -> anyhow::Result<()>
-where
-    S: FnOnce(Arc<dyn Onlooker>) -> anyhow::Result<mpsc::Receiver<Batch>>,
-{
+async fn to_json(arguments: ToJsonArgs, beginning: Beginning) -> anyhow::Result<()> {
     let Beginning { node, found: Found { kind, start, .. }, shutdown } = beginning;
     let ToJsonArgs { once, pretty, carried, externals } = arguments;
     let settings = externals.settings(node.clone());
@@ -373,10 +354,7 @@ where
     app::run(batches, &mut json, settings, tellers, until, Machine::Any, shutdown).await
 }
 
-async fn to_exec<S>(arguments: ToExecArgs, beginning: Beginning<S>) -> anyhow::Result<()>
-where
-    S: FnOnce(Arc<dyn Onlooker>) -> anyhow::Result<mpsc::Receiver<Batch>>,
-{
+async fn to_exec(arguments: ToExecArgs, beginning: Beginning) -> anyhow::Result<()> {
     let Beginning { node, found: Found { kind, start, .. }, shutdown } = beginning;
     let ToExecArgs { exec, carried, externals, listen } = arguments;
     let settings = externals.settings(node.clone());

@@ -1,15 +1,16 @@
 //! The words before the sink: which source, and its flags.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, sync::Arc};
 
 use ::kube::Client;
 use anyhow::Context as _;
 use clap::{Args, builder::BoolishValueParser};
+use tokio::sync::mpsc;
 
 use super::sinks::{self, SinkCommand};
 use crate::{
     model::NodeName,
-    source::{api, directory::Directory, file, kube},
+    source::{Batch, Onlooker, api, directory::Directory, file, kube},
 };
 
 #[derive(Debug, Args)]
@@ -92,8 +93,8 @@ pub(super) fn kube(arguments: KubeArgs) -> anyhow::Result<()> {
     sinks::run(self::node_name(node_name)?, sink, async move || {
         let server = kube::server(&options).await?;
         let events = if no_events { None } else { Some(server.client()?) };
-        let start = move |onlooker| kube::spawn(&server, &options, onlooker);
-        Ok(Found { kind: "kube", events, start })
+        let start = Box::new(move |onlooker| kube::spawn(&server, &options, onlooker));
+        Ok(Found { kind: "kube", events, only: None, start })
     })
 }
 
@@ -101,8 +102,8 @@ pub(super) fn file(arguments: FileArgs) -> anyhow::Result<()> {
     let FileArgs { input, service_proxy_name, node_name, sink } = arguments;
     sinks::run(self::node_name(node_name)?, sink, async move || {
         let directory = Directory::open(input, service_proxy_name)?;
-        let start = move |onlooker| file::spawn(directory, onlooker);
-        Ok(Found { kind: "file", events: None, start })
+        let start = Box::new(move |onlooker| file::spawn(directory, onlooker));
+        Ok(Found { kind: "file", events: None, only: None, start })
     })
 }
 
@@ -112,20 +113,25 @@ pub(super) fn api(arguments: ApiArgs) -> anyhow::Result<()> {
     // The command line has none of the last two without the others.
     let credentials = api_ca.map(|ca| api::Credentials { ca, identity: api_cert.zip(api_key) });
     let options = api::Options { credentials, ..api::Options::new(api, node.clone()) };
-    sinks::run(node, sink, async move || {
+    sinks::run(node.clone(), sink, async move || {
         let source = api::Source::open(options)?;
-        let start = move |onlooker| Ok(source.spawn(onlooker));
-        Ok(Found { kind: "api", events: None, start })
+        let start = Box::new(move |onlooker| Ok(source.spawn(onlooker)));
+        Ok(Found { kind: "api", events: None, only: Some(node), start })
     })
 }
 
+/// Starts a source.
+type Start = Box<dyn FnOnce(Arc<dyn Onlooker>) -> anyhow::Result<mpsc::Receiver<Batch>>>;
+
 /// A source that can be started.
-pub(super) struct Found<S> {
+pub(super) struct Found {
     /// The word that the command line has for it.
     pub(super) kind: &'static str,
     /// Where Events are written, if anywhere.
     pub(super) events: Option<Client>,
-    pub(super) start: S,
+    /// The only node of which it knows the pods, if it is one.
+    pub(super) only: Option<NodeName>,
+    pub(super) start: Start,
 }
 
 /// What the API server takes as a label's value: no object has another one, so it would be waited for in vain.

@@ -18,8 +18,8 @@ pub use self::{
     problem::{Place, Problem, ProblemKind, Severity, Subject},
     service::{
         CreationTime, DEFAULT_AFFINITY_TIMEOUT_SECONDS, IpMode, LoadBalancerIngress,
-        MAX_AFFINITY_TIMEOUT_SECONDS, Protocol, Service, ServicePort, ServiceType, SessionAffinity,
-        TargetPort, TrafficPolicy,
+        MAX_AFFINITY_TIMEOUT_SECONDS, NotASourceRange, Protocol, Service, ServicePort, ServiceType,
+        SessionAffinity, TargetPort, TrafficPolicy, source_range,
     },
 };
 

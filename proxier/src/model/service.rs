@@ -2,7 +2,7 @@
 
 use std::{fmt, net::IpAddr};
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::{Labels, ObjectName};
 
@@ -66,6 +66,20 @@ pub enum ServiceType {
     LoadBalancer,
     /// A DNS alias. Has neither addresses nor endpoints.
     ExternalName,
+}
+
+impl ServiceType {
+    /// The type that a text names; what says nothing is the API's default.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        match text {
+            "" | "ClusterIP" => Some(Self::ClusterIp),
+            "NodePort" => Some(Self::NodePort),
+            "LoadBalancer" => Some(Self::LoadBalancer),
+            "ExternalName" => Some(Self::ExternalName),
+            _ => None,
+        }
+    }
 }
 
 impl fmt::Display for ServiceType {
@@ -161,6 +175,60 @@ pub enum TrafficPolicy {
     Cluster,
     /// Pods of the same node.
     Local,
+}
+
+/// Leading bits that all v4-mapped IPv6 addresses have in common.
+const V4_MAPPED_BITS: u8 = 96;
+
+/// A network of clients: an entry of `spec.loadBalancerSourceRanges`, around which the API allows blanks.
+///
+/// # Errors
+///
+/// It admits nobody.
+pub fn source_range(text: &str) -> Result<IpNet, NotASourceRange> {
+    match text.trim().parse::<IpNet>().map(|net| net.trunc()) {
+        // No packet has such a source, and the maps keep IPv4 like this.
+        Ok(IpNet::V6(net)) if net.addr().to_ipv4_mapped().is_some() => {
+            Err(NotASourceRange::Mapped(as_ipv4(net)))
+        }
+        Ok(net) => Ok(net),
+        Err(_) => Err(NotASourceRange::NotANetwork),
+    }
+}
+
+/// The IPv4 network that is meant by an IPv6 one of v4-mapped addresses.
+fn as_ipv4(mapped: Ipv6Net) -> Option<Ipv4Net> {
+    let length = mapped.prefix_len().checked_sub(V4_MAPPED_BITS)?;
+    Ipv4Net::new(mapped.addr().to_ipv4_mapped()?, length).ok()
+}
+
+/// Why a text is no network of clients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NotASourceRange {
+    /// It is no network.
+    NotANetwork,
+    /// It has an IPv4 address in IPv6's form. The network that is meant, if it can be told.
+    Mapped(Option<Ipv4Net>),
+}
+
+impl NotASourceRange {
+    /// What is wrong; continues a sentence that began with the text.
+    #[must_use]
+    pub const fn reason(self) -> &'static str {
+        match self {
+            Self::NotANetwork => "is not a network: it admits nobody",
+            Self::Mapped(_) => "is an IPv4 network written as IPv6: it admits nobody",
+        }
+    }
+
+    /// What to write in its place.
+    #[must_use]
+    pub fn instead(self) -> String {
+        match self {
+            Self::Mapped(Some(meant)) => meant.to_string(),
+            _ => "address/length, such as 192.0.2.0/24 or 2001:db8::/32".to_owned(),
+        }
+    }
 }
 
 impl Service {

@@ -304,7 +304,8 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     }
 }
 
-fn listener(address: SocketAddr) -> io::Result<TcpListener> {
+/// Listens there, as every port of the agent does. To be called within a runtime.
+pub(crate) fn listener(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     // An agent that has just ended leaves connections that the kernel winds up for a minute.
     socket.set_reuse_address(true)?;

@@ -4,7 +4,7 @@
 use std::{
     collections::BTreeSet,
     fmt,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use tokio::{sync::watch, task::JoinHandle};
@@ -74,7 +74,7 @@ impl fmt::Debug for ApiSink {
 struct Shared {
     store: Mutex<Store>,
     /// The only node that the source knows the pods of, if it is one.
-    only: OnceLock<NodeName>,
+    only: Option<NodeName>,
     revision: watch::Receiver<Option<Revision>>,
     metrics: Arc<Metrics>,
 }
@@ -87,8 +87,8 @@ impl Shared {
 }
 
 impl ApiSink {
-    /// Listens, and serves until it is dropped. Clients that come before there is something to serve wait. To be called within a
-    /// runtime.
+    /// Listens, and serves until it is dropped. Clients that come before there is something to serve wait. If the source knows
+    /// the pods of `only` one node, clients of others are refused. To be called within a runtime.
     ///
     /// # Errors
     ///
@@ -98,10 +98,11 @@ impl ApiSink {
         tls: Option<TlsFiles>,
         taken: Taken,
         carried: Carried,
+        only: Option<NodeName>,
         metrics: Arc<Metrics>,
     ) -> anyhow::Result<Self> {
         let tls = tls.map(|files| Identity::read(files, tls::LOOK)).transpose()?;
-        Self::start(address, tls, taken, carried, metrics)
+        Self::start(address, tls, taken, carried, only, metrics)
     }
 
     fn start(
@@ -109,6 +110,7 @@ impl ApiSink {
         tls: Option<Identity>,
         taken: Taken,
         carried: Carried,
+        only: Option<NodeName>,
         metrics: Arc<Metrics>,
     ) -> anyhow::Result<Self> {
         let listener = match (Listener::bind(address), taken) {
@@ -131,17 +133,9 @@ impl ApiSink {
         }
         let (revision, newest) = watch::channel(None);
         let store = Mutex::new(Store::new(MAX_GONE));
-        let shared = Arc::new(Shared { store, only: OnceLock::new(), revision: newest, metrics });
+        let shared = Arc::new(Shared { store, only, revision: newest, metrics });
         let server = tokio::spawn(server::run(Arc::clone(&shared), listener, tls));
         Ok(Self { carried, shared, revision, bound, server })
-    }
-
-    /// Serves clients of `node` alone: of others the source does not know which pods are theirs.
-    #[must_use]
-    pub fn for_node(self, node: NodeName) -> Self {
-        // Nobody is given anything before the first state.
-        let _ = self.shared.only.set(node);
-        self
     }
 
     /// Where it listens, with the port that the kernel has chosen if none was given.

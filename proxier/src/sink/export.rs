@@ -180,7 +180,7 @@ fn ip_set(addresses: impl IntoIterator<Item = IpAddr>) -> localv1::IpSet {
 }
 
 /// Adds what is not there yet.
-pub(super) fn add(set: &mut localv1::IpSet, addresses: impl IntoIterator<Item = IpAddr>) {
+fn add(set: &mut localv1::IpSet, addresses: impl IntoIterator<Item = IpAddr>) {
     for address in addresses {
         let family = match Family::of(address) {
             Family::V4 => &mut set.v4,

@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use ipnet::IpNet;
 use k8s_openapi::{
     api::{
         core::v1::{self as core, ServiceSpec, ServiceStatus},
@@ -17,7 +17,7 @@ use crate::model::{
     CreationTime, DEFAULT_AFFINITY_TIMEOUT_SECONDS, Endpoint, EndpointPort, EndpointSlice, Family, IpMode,
     Labels, LoadBalancerIngress, MAX_AFFINITY_TIMEOUT_SECONDS, Node, NodeName, ObjectId, ObjectName, Problem,
     Protocol, Service, ServicePort, ServiceType, SessionAffinity, Severity, Subject, TargetPort,
-    TrafficPolicy, not_a_pods,
+    TrafficPolicy, not_a_pods, source_range,
 };
 
 /// Ties an EndpointSlice to its Service.
@@ -27,9 +27,6 @@ pub const SERVICE_PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-
 
 /// What `kubectl apply` keeps in an object.
 const LAST_APPLIED_ANNOTATION: &str = "kubectl.kubernetes.io/last-applied-configuration";
-
-/// Leading bits that all v4-mapped IPv6 addresses have in common.
-const V4_MAPPED_BITS: u8 = 96;
 
 /// An object, and what of it could not be taken over.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -250,21 +247,16 @@ pub fn service(service: core::Service) -> Result<Converted<Service>, Refused> {
 }
 
 fn service_type(spec: &ServiceSpec, report: &mut Reporter) -> ServiceType {
-    match spec.type_.as_deref().unwrap_or_default() {
-        "" | "ClusterIP" => ServiceType::ClusterIp,
-        "NodePort" => ServiceType::NodePort,
-        "LoadBalancer" => ServiceType::LoadBalancer,
-        "ExternalName" => ServiceType::ExternalName,
-        other => {
-            report.report(
-                "spec.type",
-                other,
-                "is not a type of Service: taken as ClusterIP",
-                "write ClusterIP, NodePort, LoadBalancer or ExternalName",
-            );
-            ServiceType::ClusterIp
-        }
-    }
+    let text = spec.type_.as_deref().unwrap_or_default();
+    ServiceType::parse(text).unwrap_or_else(|| {
+        report.report(
+            "spec.type",
+            text,
+            "is not a type of Service: taken as ClusterIP",
+            "write ClusterIP, NodePort, LoadBalancer or ExternalName",
+        );
+        ServiceType::ClusterIp
+    })
 }
 
 fn load_balancer_ingress(status: Option<&ServiceStatus>, report: &mut Reporter) -> Vec<LoadBalancerIngress> {
@@ -359,31 +351,15 @@ fn session_affinity(spec: &ServiceSpec, report: &mut Reporter) -> SessionAffinit
 fn source_ranges(ranges: &[String], report: &mut Reporter) -> Vec<IpNet> {
     let mut converted = Vec::new();
     for (index, range) in ranges.iter().enumerate() {
-        // The API allows blanks around a range.
-        let (reason, next_step) = match range.trim().parse::<IpNet>().map(|net| net.trunc()) {
-            // No packet has such a source, and the maps keep IPv4 like this.
-            Ok(IpNet::V6(net)) if net.addr().to_ipv4_mapped().is_some() => {
-                ("is an IPv4 network written as IPv6: it admits nobody", as_ipv4(net))
+        match source_range(range) {
+            Ok(net) => converted.push(net),
+            Err(why) => {
+                let field = format!("spec.loadBalancerSourceRanges[{index}]");
+                report.report(field, range, why.reason(), &format!("write {}", why.instead()));
             }
-            Ok(net) => {
-                converted.push(net);
-                continue;
-            }
-            Err(_) => ("is not a network: it admits nobody", None),
-        };
-        let next_step = next_step.map_or_else(
-            || "write address/length, such as 192.0.2.0/24 or 2001:db8::/32".to_owned(),
-            |net| format!("write {net}"),
-        );
-        report.report(format!("spec.loadBalancerSourceRanges[{index}]"), range, reason, &next_step);
+        }
     }
     converted
-}
-
-/// The IPv4 network that is meant by an IPv6 one of v4-mapped addresses.
-fn as_ipv4(mapped: Ipv6Net) -> Option<Ipv4Net> {
-    let length = mapped.prefix_len().checked_sub(V4_MAPPED_BITS)?;
-    Ipv4Net::new(mapped.addr().to_ipv4_mapped()?, length).ok()
 }
 
 /// Converts an EndpointSlice.

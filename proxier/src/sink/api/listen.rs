@@ -21,6 +21,8 @@ use nix::{
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
+use crate::observe::listen::listener;
+
 const TCP: &str = "tcp://";
 const UNIX: &str = "unix://";
 /// Those of the socket: owner and group may connect.
@@ -106,7 +108,7 @@ impl Listener {
     pub(super) fn bind(address: &ListenAddress) -> anyhow::Result<Self> {
         match address {
             ListenAddress::Tcp(address) => {
-                let listener = bind_tcp(*address).map_err(|error| {
+                let listener = listener(*address).map_err(|error| {
                     let next = next_step(&error);
                     anyhow::Error::new(error).context(format!("cannot listen on {TCP}{address}: {next}"))
                 })?;
@@ -139,20 +141,6 @@ impl Listener {
             Self::Unix(listener, _) => Ok(Stream::Unix(listener.accept().await?.0)),
         }
     }
-}
-
-fn bind_tcp(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
-    // An agent that has just ended leaves connections that the kernel winds up for a minute.
-    socket.set_reuse_address(true)?;
-    if address.is_ipv6() {
-        // Whatever net.ipv6.bindv6only says.
-        socket.set_only_v6(!address.ip().is_unspecified())?;
-    }
-    socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
-    socket.set_nonblocking(true)?;
-    TcpListener::from_std(socket.into())
 }
 
 fn next_step(error: &io::Error) -> &'static str {

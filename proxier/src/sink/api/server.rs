@@ -396,7 +396,7 @@ async fn next(
     let mut news = shared.revision.clone();
     loop {
         if news.borrow_and_update().is_some() {
-            if let Some(only) = shared.only.get()
+            if let Some(only) = &shared.only
                 && *only != client.node
             {
                 return Err(Status::failed_precondition(format!(

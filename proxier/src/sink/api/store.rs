@@ -142,13 +142,10 @@ impl Store {
                 Entry::Occupied(entry) => (Some(entry.get().changed), entry.into_mut()),
             };
             let entry = Arc::make_mut(entry);
+            let gone = |key| self.gone.push_back(Gone { at: next, service: name.clone(), key });
             let changed = match exported {
-                Some(exported) => entry.set(&exported, next, self.horizon, |key| {
-                    self.gone.push_back(Gone { at: next, service: name.clone(), key });
-                }),
-                None => entry.remove(next, |key| {
-                    self.gone.push_back(Gone { at: next, service: name.clone(), key });
-                }),
+                Some(exported) => entry.set(&exported, next, self.horizon, gone),
+                None => entry.remove(next, gone),
             };
             if changed {
                 if let Some(former) = former {
@@ -240,14 +237,25 @@ impl ServiceEntry {
             let entry = self.endpoints.entry(key).or_insert_with(|| EndpointEntry::new(next));
             changed |= entry.set(endpoint, elsewhere.is_some(), others_are_told_otherwise, next, horizon);
         }
+        changed | self.keep(&there, next, &mut gone)
+    }
+
+    /// Notes that all other endpoints have gone. Returns whether any was there.
+    fn keep(
+        &mut self,
+        there: &BTreeSet<Arc<str>>,
+        next: Revision,
+        gone: &mut impl FnMut(Option<Arc<str>>),
+    ) -> bool {
+        let mut any = false;
         for (key, endpoint) in &mut self.endpoints {
             if !there.contains(key) && endpoint.value.take().is_some() {
                 endpoint.life.change(next);
-                changed = true;
+                any = true;
                 gone(Some(Arc::clone(key)));
             }
         }
-        changed
+        any
     }
 
     /// As [`Self::set`] for a Service that has gone.
@@ -255,12 +263,7 @@ impl ServiceEntry {
         if self.value.take().is_none() {
             return false;
         }
-        for (key, endpoint) in &mut self.endpoints {
-            if endpoint.value.take().is_some() {
-                endpoint.life.change(next);
-                gone(Some(Arc::clone(key)));
-            }
-        }
+        self.keep(&BTreeSet::new(), next, &mut gone);
         self.life.change(next);
         gone(None);
         true

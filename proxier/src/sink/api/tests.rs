@@ -55,7 +55,7 @@ impl World {
         let node = NodeName::new("controller");
         let observed = Observed::new(&node, "file", None);
         let metrics = Arc::clone(&observed.metrics);
-        let sink = ApiSink::start(address, tls, Taken::Fails, Carried::none(), metrics).unwrap();
+        let sink = ApiSink::start(address, tls, Taken::Fails, Carried::none(), None, metrics).unwrap();
         Self { state: State::new(Settings::new(node)), observed, sink, shown: false }
     }
 
@@ -675,8 +675,8 @@ async fn an_address_that_somebody_has_is_waited_for_where_something_else_is_serv
     let metrics = || Arc::clone(&Observed::new(&NodeName::new("node1"), "file", None).metrics);
     let former = World::new();
     let address = former.sink.bound().clone();
-    ApiSink::serve(&address, None, Taken::Fails, Carried::none(), metrics()).unwrap_err();
-    let mut waits = ApiSink::serve(&address, None, Taken::Waits, Carried::none(), metrics()).unwrap();
+    ApiSink::serve(&address, None, Taken::Fails, Carried::none(), None, metrics()).unwrap_err();
+    let mut waits = ApiSink::serve(&address, None, Taken::Waits, Carried::none(), None, metrics()).unwrap();
     assert_eq!(waits.bound(), &address);
     waits.tick().unwrap();
     assert_eq!(former.health("").await, ServingStatus::Serving, "the former one is as it was");

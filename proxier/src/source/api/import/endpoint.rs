@@ -3,7 +3,6 @@
 
 use std::{fmt::Write as _, net::IpAddr, sync::Arc};
 
-use prost::Message as _;
 use proxier_common::MAX_NAME;
 use proxier_localv1::{self as localv1, Path, PortName};
 
@@ -95,17 +94,7 @@ pub(super) fn endpoints(
         );
         return Vec::new();
     }
-    let value = match localv1::Endpoint::decode(bytes) {
-        Ok(value) => value,
-        Err(error) => {
-            report.report_whole(
-                "",
-                &format!("cannot be decoded ({error}): left out"),
-                "check that the server speaks localv1",
-            );
-            return Vec::new();
-        }
-    };
+    let Some(value) = report.decoded::<localv1::Endpoint>(bytes) else { return Vec::new() };
     let mut addresses = report.addresses("IPs", value.ips.as_ref());
     addresses.retain(|address| {
         let Some(what) = not_a_pods(*address) else { return true };

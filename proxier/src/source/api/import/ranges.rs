@@ -6,16 +6,14 @@ use std::{
     net::IpAddr,
 };
 
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use ipnet::IpNet;
 use proxier_localv1::{IpFilter, IpSet};
 
 use super::reporter::Reporter;
+use crate::model::source_range;
 
 /// Addresses of one Service that are filtered each in its own way; more would take longer to work out than it is worth.
 const MAX_WAYS: usize = 64;
-
-/// Leading bits that all v4-mapped IPv6 addresses have in common.
-const V4_MAPPED_BITS: u8 = 96;
 
 /// The networks that may send to `externals`, the external addresses of a Service; none, if that is what the filters come to, or if
 /// there are no filters.
@@ -113,30 +111,15 @@ fn intersection(one: &[IpNet], other: &[IpNet]) -> Vec<IpNet> {
 fn networks(index: usize, filter: &IpFilter, report: &mut Reporter) -> Vec<IpNet> {
     let mut networks = Vec::new();
     for (position, range) in filter.source_ranges.iter().enumerate() {
-        let (reason, next_step) = match range.trim().parse::<IpNet>().map(|net| net.trunc()) {
-            // No packet has such a source, and the maps keep IPv4 like this.
-            Ok(IpNet::V6(net)) if net.addr().to_ipv4_mapped().is_some() => {
-                ("is an IPv4 network written as IPv6: it admits nobody", as_ipv4(net))
+        match source_range(range) {
+            Ok(net) => networks.push(net),
+            Err(why) => {
+                let field = format!("IPFilters[{index}].SourceRanges[{position}]");
+                report.report(&field, range, why.reason(), &format!("let it be {}", why.instead()));
             }
-            Ok(net) => {
-                networks.push(net);
-                continue;
-            }
-            Err(_) => ("is not a network: it admits nobody", None),
-        };
-        let next_step = next_step.map_or_else(
-            || "let it be address/length, such as 192.0.2.0/24 or 2001:db8::/32".to_owned(),
-            |net| format!("let it be {net}"),
-        );
-        report.report(&format!("IPFilters[{index}].SourceRanges[{position}]"), range, reason, &next_step);
+        }
     }
     networks
-}
-
-/// The IPv4 network that is meant by an IPv6 one of v4-mapped addresses.
-fn as_ipv4(mapped: Ipv6Net) -> Option<Ipv4Net> {
-    let length = mapped.prefix_len().checked_sub(V4_MAPPED_BITS)?;
-    Ipv4Net::new(mapped.addr().to_ipv4_mapped()?, length).ok()
 }
 
 /// The addresses that a filter is for. One that cannot be read is none that a packet could be sent to.

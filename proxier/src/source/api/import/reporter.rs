@@ -3,6 +3,7 @@
 
 use std::net::IpAddr;
 
+use prost::Message;
 use proxier_localv1::IpSet;
 
 use crate::model::{Family, ObjectId, ObjectName, Problem, ProblemKind, Severity, Subject};
@@ -68,6 +69,16 @@ impl Reporter {
         }
     }
 
+    /// What the bytes of the value say.
+    pub(super) fn decoded<M: Message + Default>(&mut self, bytes: &[u8]) -> Option<M> {
+        M::decode(bytes)
+            .inspect_err(|error| {
+                let reason = format!("cannot be decoded ({error}): left out");
+                self.report_whole("", &reason, "check that the server speaks localv1");
+            })
+            .ok()
+    }
+
     /// An address of a family.
     fn address(&mut self, field: &str, value: &str, family: Family) -> Option<IpAddr> {
         let Ok(address) = value.parse() else {
@@ -117,15 +128,15 @@ impl Reporter {
 
 /// As much of somebody else's text as a line has room for.
 pub(super) fn shown(text: &str) -> String {
-    let mut shown: String = text
-        .chars()
-        .take(MAX_SHOWN)
-        .flat_map(|c| {
-            // A line of the log stays one.
-            let escaped = c.is_control().then(|| c.escape_default());
-            escaped.into_iter().flatten().chain((!c.is_control()).then_some(c))
-        })
-        .collect();
+    let mut shown = String::new();
+    for c in text.chars().take(MAX_SHOWN) {
+        // A line of the log stays one.
+        if c.is_control() {
+            shown.extend(c.escape_default());
+        } else {
+            shown.push(c);
+        }
+    }
     if text.chars().nth(MAX_SHOWN).is_some() {
         shown.push_str("...");
     }

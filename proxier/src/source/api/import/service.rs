@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 
-use prost::Message as _;
 use proxier_common::MAX_NAME;
 use proxier_localv1::{self as localv1, Path, PortMapping, service::SessionAffinity as Affinity};
 
@@ -33,17 +32,7 @@ pub(super) fn service(path: &str, bytes: &[u8], report: &mut Reporter) -> Option
         );
         return None;
     }
-    let value = match localv1::Service::decode(bytes) {
-        Ok(value) => value,
-        Err(error) => {
-            report.report_whole(
-                "",
-                &format!("cannot be decoded ({error}): left out"),
-                "check that the server speaks localv1",
-            );
-            return None;
-        }
-    };
+    let value = report.decoded(bytes)?;
     Some(convert(ObjectName::new(namespace, name), value, report))
 }
 
@@ -91,21 +80,15 @@ fn convert(name: ObjectName, value: localv1::Service, report: &mut Reporter) -> 
 }
 
 fn service_type(text: &str, report: &mut Reporter) -> ServiceType {
-    match text {
-        "" | "ClusterIP" => ServiceType::ClusterIp,
-        "NodePort" => ServiceType::NodePort,
-        "LoadBalancer" => ServiceType::LoadBalancer,
-        "ExternalName" => ServiceType::ExternalName,
-        other => {
-            report.report(
-                "Type",
-                other,
-                "is not a type of Service: taken as ClusterIP",
-                "let it be ClusterIP, NodePort, LoadBalancer or ExternalName",
-            );
-            ServiceType::ClusterIp
-        }
-    }
+    ServiceType::parse(text).unwrap_or_else(|| {
+        report.report(
+            "Type",
+            text,
+            "is not a type of Service: taken as ClusterIP",
+            "let it be ClusterIP, NodePort, LoadBalancer or ExternalName",
+        );
+        ServiceType::ClusterIp
+    })
 }
 
 /// Nought is how protobuf says none.
