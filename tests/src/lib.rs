@@ -5,6 +5,7 @@
 
 pub mod agent;
 pub mod apiserver;
+pub mod bench;
 pub mod capture;
 pub mod connection;
 pub mod container;

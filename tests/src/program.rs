@@ -3,12 +3,13 @@
 
 use std::{
     env, fs, io,
-    os::fd::{AsFd as _, AsRawFd as _},
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd},
+    time::Duration,
 };
 
 use aya::{
     Ebpf, EbpfLoader, Pod,
-    maps::{HashMap, MapData, PerCpuArray},
+    maps::{HashMap, MapData, MapInfo, PerCpuArray},
     programs::SchedClassifier,
 };
 use proxier_common::{
@@ -134,36 +135,34 @@ impl Kernel {
     ///
     /// When there is no such program.
     pub fn run(&self, program: &str, packet: &HostPacket, flags: u32) -> io::Result<(i32, HostPacket)> {
-        const BPF_PROG_TEST_RUN: libc::c_int = 10;
-        let program = self.ebpf.program(program).expect("the object has the program");
+        // Once: a second run would be fed with what the first one wrote.
+        let outcome = test_run(self.program(program), &packet.bytes, 1, flags)?;
+        Ok((outcome.code, HostPacket::new(outcome.packet)))
+    }
+
+    /// The program called `name`.
+    ///
+    /// # Panics
+    ///
+    /// When there is none.
+    #[must_use]
+    pub fn program(&self, name: &str) -> BorrowedFd<'_> {
+        let program = self.ebpf.program(name).expect("the object has the program");
         let program: &SchedClassifier = program.try_into().expect("it is one of TC");
-        let mut out = vec![0; packet.bytes.len() + 64];
-        // `struct __sk_buff` up to `ingress_ifindex`, here the loopback interface: a packet that the node forwards.
-        let mut context = [0_u32; 10];
-        context[9] = 1;
-        let size = |bytes: usize| u32::try_from(bytes).expect("a packet's size");
-        let mut attr = TestRun {
-            prog_fd: program.fd().expect("it is loaded").as_fd().as_raw_fd().cast_unsigned(),
-            data_in: packet.bytes.as_ptr() as u64,
-            data_size_in: size(packet.bytes.len()),
-            data_out: out.as_mut_ptr() as u64,
-            data_size_out: size(out.len()),
-            // Once: a second run would be fed with what the first one wrote.
-            repeat: 1,
-            flags,
-            ctx_in: context.as_ptr() as u64,
-            ctx_size_in: size(size_of_val(&context)),
-            ..TestRun::default()
-        };
-        // SAFETY: the attributes are laid out as the kernel expects, and its pointers cover live buffers of the sizes
-        // beside them.
-        let result =
-            unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &raw mut attr, size_of::<TestRun>()) };
-        if result != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        out.truncate(attr.data_size_out as usize);
-        Ok((attr.retval.cast_signed(), HostPacket::new(out)))
+        program.fd().expect("it is loaded").as_fd()
+    }
+
+    /// The map called `name`.
+    ///
+    /// # Panics
+    ///
+    /// When no program uses such a map.
+    #[must_use]
+    pub fn map(&self, name: &str) -> MapInfo {
+        let infos = self.ebpf.programs().filter_map(|(_, program)| program.info().ok());
+        let ids = infos.filter_map(|info| info.map_ids().ok().flatten()).flatten();
+        let mut maps = ids.filter_map(|id| MapInfo::from_id(id).ok());
+        maps.find(|map| map.name_as_str() == Some(name)).unwrap_or_else(|| panic!("no program uses {name}"))
     }
 
     /// Packets dropped.
@@ -177,6 +176,60 @@ impl Kernel {
     pub fn statistic(&self, statistic: Statistic) -> u64 {
         total(&self.stats, statistic as u32)
     }
+}
+
+/// What came of a run.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// What the program returned.
+    pub code: i32,
+    /// What it made of the packet.
+    pub packet: Vec<u8>,
+    /// How long a run took, on average.
+    pub duration: Duration,
+}
+
+/// Runs a program of TC on `packet`, `repeat` times: all but the first on what the one before has made of it.
+///
+/// # Errors
+///
+/// The kernel does not know one of `flags`, or what it has checked for them is not so.
+///
+/// # Panics
+///
+/// When the packet is none.
+pub fn test_run(program: BorrowedFd<'_>, packet: &[u8], repeat: u32, flags: u32) -> io::Result<Outcome> {
+    const BPF_PROG_TEST_RUN: libc::c_int = 10;
+    let mut out = vec![0; packet.len() + 64];
+    // `struct __sk_buff` up to `ingress_ifindex`, here the loopback interface: a packet that the node forwards.
+    let mut context = [0_u32; 10];
+    context[9] = 1;
+    let size = |bytes: usize| u32::try_from(bytes).expect("a packet's size");
+    let mut attr = TestRun {
+        prog_fd: program.as_raw_fd().cast_unsigned(),
+        data_in: packet.as_ptr() as u64,
+        data_size_in: size(packet.len()),
+        data_out: out.as_mut_ptr() as u64,
+        data_size_out: size(out.len()),
+        repeat,
+        flags,
+        ctx_in: context.as_ptr() as u64,
+        ctx_size_in: size(size_of_val(&context)),
+        ..TestRun::default()
+    };
+    // SAFETY: the attributes are laid out as the kernel expects, and its pointers cover live buffers of the sizes
+    // beside them.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &raw mut attr, size_of::<TestRun>()) };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    out.truncate(attr.data_size_out as usize);
+    Ok(Outcome {
+        code: attr.retval.cast_signed(),
+        packet: out,
+        duration: Duration::from_nanos(attr.duration.into()),
+    })
 }
 
 fn table<K: Pod, V: Pod>(ebpf: &mut Ebpf, name: &str) -> HashMap<MapData, K, V> {

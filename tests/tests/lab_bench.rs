@@ -1,0 +1,122 @@
+//! The benchmark itself: every arm is measured once, for a moment, and its traffic goes the arm's way. What the figures are
+//! means nothing here.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that cannot go on panics; clippy sees tests in `#[test]` functions only"
+)]
+
+use std::{
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+use proxier_tests::{
+    agent,
+    bench::{
+        self, Plan,
+        arm::{Arm, Kind},
+        cost,
+        figure::{Figure, Measure},
+        ground::{Ground, Way},
+        load::Cpus,
+        micro,
+    },
+    skip_unless_root,
+};
+
+const BURST: Duration = Duration::from_millis(100);
+/// As long as kube-proxy's list has more than one, the last one is behind others; 10,000 take iptables seconds.
+const SERVICES: u32 = 50;
+
+/// Traffic keeps two CPUs busy, and who gets none for as long as a burst lasts has no figures: the tests take turns.
+static TURN: Mutex<()> = Mutex::new(());
+
+fn build(arm: Arm) -> Ground {
+    let cpus = Cpus::choose().unwrap();
+    Ground::build(arm, SERVICES, &agent::binary().unwrap(), cpus).unwrap_or_else(|e| panic!("{arm}: {e:#}"))
+}
+
+#[test]
+fn every_arm_gives_every_figure_and_its_traffic_goes_the_arms_way() {
+    skip_unless_root!();
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let plan = Plan { addresses: vec![1, 1_000], ..Plan::quick() };
+    let (arms, left_out) = bench::arms_of(&plan, &agent::binary().unwrap()).unwrap();
+    // Five kinds of one size, three of two; those of the agent's that it cannot be yet are named.
+    assert!(arms.len() >= 11 && arms.len() + 2 * left_out.len() == 15, "{arms:?} {left_out:?}");
+    let flood = Mutex::new(());
+    std::thread::scope(|scope| {
+        for arm in arms {
+            let flood = &flood;
+            // An arm's programs end with the thread that has built it.
+            scope.spawn(move || {
+                let ground = build(arm);
+                assert_eq!(ground.way().unwrap(), Way::of(arm.kind), "{arm}");
+                // It takes a second, and shares a CPU as any program does.
+                let mut figures = take(&ground, Measure::Throughput);
+                // These do not: a flood is the kernel's work, and who waits for a byte never sleeps.
+                let _alone = flood.lock().unwrap_or_else(PoisonError::into_inner);
+                for measure in [Measure::Datagrams, Measure::Connections, Measure::RoundTrips] {
+                    figures.extend(take(&ground, measure));
+                }
+                assert!(Figure::COMPARED.iter().all(|figure| figures.contains(figure)), "{arm}: {figures:?}");
+            });
+        }
+    });
+}
+
+/// Takes a measure and checks what can be said of its figures on any machine.
+fn take(ground: &Ground, measure: Measure) -> Vec<Figure> {
+    let samples = ground.take(measure, BURST).unwrap_or_else(|error| panic!("{}: {error:#}", ground.arm));
+    let figures = samples.into_iter().map(|sample| {
+        let valid = sample.value > 0.0 || sample.figure == Figure::UdpLostPercent;
+        assert!(valid && sample.value.is_finite(), "{}: {sample:?}", ground.arm);
+        sample.figure
+    });
+    figures.collect()
+}
+
+#[test]
+fn what_the_agents_programs_cost_is_counted_by_direction() {
+    skip_unless_root!();
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let ground = build(Arm { kind: Kind::ProxierStack, addresses: 1 });
+    let costs = cost::of(&ground, BURST).unwrap();
+    for (traffic, program) in [
+        ("datagrams", "proxier_request"),
+        ("round trips", "proxier_request"),
+        ("round trips", "proxier_reply"),
+        ("connections", "proxier_reply"),
+    ] {
+        let cost = costs.iter().find(|cost| cost.traffic == traffic && cost.program == program);
+        let cost = cost.unwrap_or_else(|| panic!("{program} did not run for {traffic}: {costs:?}"));
+        assert!(cost.runs > 10 && (1.0..1_000_000.0).contains(&cost.nanoseconds), "{cost:?}");
+    }
+}
+
+#[test]
+fn an_arm_whose_rules_are_gone_is_noticed() {
+    skip_unless_root!();
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let ground = build(Arm { kind: Kind::Nft, addresses: 1 });
+    ground.verify().unwrap();
+    let flushed = ground.node().unwrap().command("nft").unwrap().args(["flush", "ruleset"]).status().unwrap();
+    assert!(flushed.success());
+    ground.verify().unwrap_err();
+}
+
+#[test]
+fn every_kind_of_packet_is_timed_beside_the_floor() {
+    skip_unless_root!();
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let timings = micro::run(50).unwrap();
+    let timing = |name: &str| timings.iter().find(|timing| timing.case == name).unwrap();
+    for timing in &timings {
+        assert!(timing.single > 0.0, "{timing:?}");
+    }
+    assert!(timing("nothing").repeated < timing("one look-up").repeated, "{timings:?}");
+    assert_eq!(timing("miss").lookups, Some(1));
+    assert!(timing("miss").repeated > timing("nothing").repeated, "{timings:?}");
+    assert!(timings.len() >= 12);
+}
