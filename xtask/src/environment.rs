@@ -18,7 +18,11 @@ pub(crate) struct Tool {
     pub(crate) purpose: &'static str,
 }
 
-const fn tool(program: &'static str, packages: &'static [&'static str], purpose: &'static str) -> Tool {
+pub(crate) const fn tool(
+    program: &'static str,
+    packages: &'static [&'static str],
+    purpose: &'static str,
+) -> Tool {
     Tool { program, packages, purpose }
 }
 

@@ -37,7 +37,7 @@ const POD: Ipv4Addr = Ipv4Addr::new(11, 0, 2, 2);
 const FIRST_CLIENT: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 100);
 /// How long a connection may take that is expected not to come about.
 const REFUSAL: Duration = Duration::from_millis(500);
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(2);
 /// All ports of a Service that kube-proxy would need to know.
 const PORTS: [ServicePort; 4] = [
     ServicePort { protocol: "tcp", port: CONNECTIONS_PORT },
