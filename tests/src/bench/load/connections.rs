@@ -21,8 +21,8 @@ use super::{CONNECTIONS_PORT, Ends, pin};
 /// is something to do.
 pub const CLIENTS: u8 = 4;
 const THREADS: usize = CLIENTS as usize;
-/// The first port that clients use, and how many.
-const PORTS: (u16, u32) = (1024, 64_000);
+/// The first port that clients use, and how many: above those that a lab's client listens on itself.
+const PORTS: (u16, u32) = (10_000, 55_000);
 /// A connection that takes as long was lost, not slow.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Not counted.
@@ -139,6 +139,7 @@ fn serve(listener: &TcpListener, cpu: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::responder::Ports;
 
     #[test]
     fn no_port_comes_again_before_all_others() {
@@ -148,7 +149,11 @@ mod tests {
         assert_eq!(again, seen[0]);
         seen.sort_unstable();
         seen.dedup();
-        assert_eq!(seen.len(), 64_000);
-        assert!(seen[0] >= 1024, "those below are for servers");
+        assert_eq!(seen.len(), 55_000);
+        let taken = Ports::default().tcp;
+        assert!(
+            taken.iter().all(|port| seen.binary_search(port).is_err()),
+            "a lab's client listens on {taken:?}"
+        );
     }
 }
