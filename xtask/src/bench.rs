@@ -1,14 +1,14 @@
 //! `cargo xtask bench`: measures, and shows figures; judges nothing. What is measured and how is in `tests/benches` and
 //! `proxier/benches`.
 
-use std::path::PathBuf;
+use std::{ffi::OsStr, path::PathBuf, process::Command};
 
 use anyhow::{Result, bail};
 
 use crate::{
     build_ebpf,
     environment::{Environment, LAB_TOOLS, Tool, as_root_hint, is_root},
-    process::say,
+    process::{cargo, run, say},
     test,
 };
 
@@ -27,7 +27,7 @@ pub(crate) struct BenchOptions {
     /// Of `data` 3 rounds of short bursts with one external address each: under two minutes
     #[arg(long, global = true)]
     quick: bool,
-    /// How the agent is built; what people run is `release`
+    /// How agent and benchmark are built; what people run is `release`
     #[arg(long, global = true, default_value = "release", value_name = "PROFILE")]
     profile: String,
     /// Change nothing on this machine: name the commands that would, and fail
@@ -57,22 +57,39 @@ pub(crate) fn run_command(options: &BenchOptions) -> Result<()> {
         Some(Bench::Api(api)) => {
             // The agent does not build without, though nothing of it is loaded.
             build_ebpf::build(&environment)?;
-            api::run(api)
+            api::run(api, &options.profile)
         }
         None => {
             let built = build(&environment, options, data::TOOLS)?;
             control::run(&control::ControlOptions::default(), &built)?;
             data::run(&data::DataOptions::default(), options.quick, &built)?;
-            api::run(&api::ApiOptions::default())
+            api::run(&api::ApiOptions::default(), &options.profile)
         }
     }
 }
 
-/// What is measured, as files.
+/// What is measured, and how it was built.
 #[derive(Debug)]
 struct Built {
     object: PathBuf,
     agent: PathBuf,
+    profile: String,
+}
+
+impl Built {
+    /// Runs one of the programs in `tests/benches` on it.
+    fn bench<A: AsRef<OsStr>>(&self, name: &str, arguments: impl IntoIterator<Item = A>) -> Result<()> {
+        let mut command = bench("proxier-tests", name, &self.profile);
+        command.args(arguments).env("PROXIER_AGENT", &self.agent).env("PROXIER_BPF_OBJECT", &self.object);
+        run(&mut command)
+    }
+}
+
+/// A benchmark's program, whose arguments follow.
+fn bench(package: &str, name: &str, profile: &str) -> Command {
+    let mut command = cargo();
+    command.args(["bench", "--profile", profile, "--package", package, "--bench", name, "--"]);
+    command
 }
 
 /// Everything that a benchmark of the agent needs, `tools` beside those of every lab.
@@ -91,5 +108,5 @@ fn build(environment: &Environment, options: &BenchOptions, tools: &[Tool]) -> R
     let agent = test::build_agent_with(|command| {
         command.args(["--profile", &options.profile]);
     })?;
-    Ok(Built { object, agent })
+    Ok(Built { object, agent, profile: options.profile.clone() })
 }

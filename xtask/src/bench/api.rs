@@ -2,7 +2,8 @@
 
 use anyhow::Result;
 
-use crate::process::{cargo, run as run_it, say};
+use super::bench;
+use crate::process::{run as run_it, say};
 
 /// How much of it.
 #[derive(Debug, clap::Args)]
@@ -25,11 +26,9 @@ impl Default for ApiOptions {
 }
 
 /// Measures and prints. The benchmark serves by itself: it needs no agent and, unlike the others, no root.
-pub(super) fn run(options: &ApiOptions) -> Result<()> {
+pub(super) fn run(options: &ApiOptions, profile: &str) -> Result<()> {
     let ApiOptions { services, per_second, seconds } = options;
-    say(
-        "building the benchmark of the API with all optimization, that takes minutes; then measuring for a minute",
-    );
+    say("building the benchmark of the API, minutes with all optimization; then measuring for a minute");
     let numbers = [services, per_second, seconds].map(ToString::to_string);
-    run_it(cargo().args(["bench", "--package", "proxier", "--bench", "api", "--"]).args(numbers))
+    run_it(bench("proxier", "api", profile).args(numbers))
 }

@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use super::Built;
-use crate::process::{cargo, run as run_it, say};
+use crate::process::say;
 
 /// How much of it.
 #[derive(Debug, clap::Args)]
@@ -30,10 +30,5 @@ pub(super) fn run(options: &ControlOptions, built: &Built) -> Result<()> {
     let ControlOptions { services, changes, per_second } = options;
     say("measuring the control plane");
     let numbers = [services, changes, per_second].map(ToString::to_string);
-    run_it(
-        cargo()
-            .args(["bench", "--package", "proxier-tests", "--bench", "control", "--"])
-            .args(numbers)
-            .env("PROXIER_AGENT", &built.agent),
-    )
+    built.bench("control", numbers)
 }

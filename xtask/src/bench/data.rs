@@ -12,7 +12,7 @@ use proxier_tests::bench::{Plan, Report, arm::Kind, figure::Figure, with_referen
 use super::{Built, chart, table};
 use crate::{
     environment::{Tool, tool},
-    process::{cargo, run as run_it, say, workspace},
+    process::{say, workspace},
 };
 
 /// What it runs beside the lab's own tools.
@@ -73,13 +73,7 @@ pub(super) fn run(options: &DataOptions, quick: bool, built: &Built) -> Result<(
     plan.check()?;
     fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
     say("building the benchmark; with all optimization, that takes minutes the first time");
-    run_it(
-        cargo()
-            .args(["bench", "--package", "proxier-tests", "--bench", "data", "--"])
-            .arg(serde_json::to_string(&plan)?)
-            .env("PROXIER_AGENT", &built.agent)
-            .env("PROXIER_BPF_OBJECT", &built.object),
-    )?;
+    built.bench("data", [serde_json::to_string(&plan)?])?;
     let text = fs::read_to_string(&output).with_context(|| format!("cannot read {}", output.display()))?;
     let report: Report = serde_json::from_str(&text).context("the benchmark's report")?;
     println!("{}", table::on_screen(&report));
