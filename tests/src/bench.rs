@@ -115,13 +115,15 @@ pub struct Machine {
     pub cpus: usize,
     /// Where client and pod were.
     pub pinned: Cpus,
-    /// What else was running when the measurement began: the load average over a minute.
-    pub load: String,
+    /// How many percent of its CPUs' time others had in the second before. Not the load average, which remembers the compiler.
+    pub busy_percent: f64,
 }
 
 impl Machine {
     fn this(pinned: Cpus) -> Self {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+        let before = read("/proc/stat");
+        std::thread::sleep(Duration::from_secs(1));
         let processors = read("/proc/cpuinfo");
         let name = processors.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
         Self {
@@ -129,9 +131,24 @@ impl Machine {
             processor: name.map_or_else(|| "unknown".to_owned(), |(_, name)| name.to_owned()),
             cpus: std::thread::available_parallelism().map_or(1, usize::from),
             pinned,
-            load: read("/proc/loadavg").split(' ').next().unwrap_or_default().to_owned(),
+            busy_percent: busy_percent(&before, &read("/proc/stat")),
         }
     }
+}
+
+/// How busy the CPUs were between two readings of `/proc/stat`. What a hypervisor has taken away counts as busy.
+fn busy_percent(before: &str, after: &str) -> f64 {
+    // All of it, and of that what was idle or waited for a disk: fields 4 and 5.
+    let times = |stat: &str| -> (u64, u64) {
+        let line = stat.lines().find_map(|line| line.strip_prefix("cpu "));
+        let fields = line.unwrap_or_default().split_whitespace().map(|field| field.parse().unwrap_or(0));
+        // Guests' time, in fields 9 and 10, is in the first two as well.
+        let fields: Vec<u64> = fields.take(8).collect();
+        (fields.iter().sum(), fields.iter().skip(3).take(2).sum())
+    };
+    let ((all_before, idle_before), (all, idle)) = (times(before), times(after));
+    let (all, idle) = (all.saturating_sub(all_before), idle.saturating_sub(idle_before));
+    if all == 0 { 0.0 } else { 100.0 * all.saturating_sub(idle) as f64 / all as f64 }
 }
 
 /// An arm of a report.
@@ -266,6 +283,16 @@ mod tests {
         Plan::full().check().unwrap();
         Plan { rounds: 0, ..Plan::quick() }.check().unwrap_err();
         Plan { burst_ms: 1, ..Plan::quick() }.check().unwrap_err();
+    }
+
+    #[test]
+    fn what_is_neither_idle_nor_waiting_is_busy() {
+        let before = "cpu  100 0 50 1000 20 0 0 5 90 0\ncpu0 1 2 3 4\n";
+        let after = "cpu  110 0 55 1060 30 0 0 20 95 0\ncpu0 9 9 9 9\n";
+        // 10 + 5 + 15 taken away, of 100.
+        assert_eq!(busy_percent(before, after), 30.0);
+        assert_eq!(busy_percent(before, before), 0.0);
+        assert_eq!(busy_percent("", ""), 0.0);
     }
 
     #[test]

@@ -23,8 +23,8 @@ pub(super) const TOOLS: &[Tool] = &[
     tool("taskset", &["util-linux"], "client and pod on a CPU each"),
 ];
 
-/// More than this share of a CPU in use before the measurement is worth a word.
-const QUIET: f64 = 0.3;
+/// More than this, in percent of all CPUs, in use before the measurement is worth a word.
+const QUIET: f64 = 10.0;
 /// More datagrams than these, in percent, lost between sender and receiver mean that the receiver was the limit.
 const LOSS: f64 = 1.0;
 
@@ -115,10 +115,10 @@ fn remarks(report: &Report) -> Vec<String> {
         machine.pinned.client,
         machine.pinned.pod
     )];
-    if machine.load.parse::<f64>().is_ok_and(|load| load > QUIET) {
+    if machine.busy_percent > QUIET {
         remarks.push(format!(
-            "the machine was not idle (load {}): take the figures of another run, or ratios only",
-            machine.load
+            "the machine was not idle ({:.0}% of its CPUs' time): take the figures of another run",
+            machine.busy_percent
         ));
     }
     if machine.pinned.client == machine.pinned.pod {
@@ -162,12 +162,12 @@ mod tests {
     fn a_reader_is_told_what_was_not_as_it_should_be() {
         let mut report = super::table::tests::report();
         assert_eq!(remarks(&report).len(), 1, "{:?}", remarks(&report));
-        report.machine.load = "3.17".to_owned();
+        report.machine.busy_percent = 31.7;
         report.machine.pinned.pod = report.machine.pinned.client;
         report.left_out.push("proxier-xdp: this agent has no --ingress".to_owned());
         report.rows[1].figures.insert(Figure::UdpLostPercent, vec![0.0, 12.0, 14.0]);
         let all = remarks(&report).join("\n");
-        for word in ["load 3.17", "one CPU", "nft: 12%", "left out: proxier-xdp"] {
+        for word in ["32% of its CPUs", "one CPU", "nft: 12%", "left out: proxier-xdp"] {
             assert!(all.contains(word), "{word}: {all}");
         }
     }

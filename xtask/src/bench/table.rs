@@ -148,7 +148,7 @@ pub(super) mod tests {
                 processor: "Test & <Sons>".to_owned(),
                 cpus: 2,
                 pinned: Cpus { client: 0, pod: 1 },
-                load: "0.00".to_owned(),
+                busy_percent: 0.5,
             },
             plan: Plan::quick(),
             left_out: Vec::new(),
