@@ -115,8 +115,16 @@ fn every_kind_of_packet_is_timed_beside_the_floor() {
     for timing in &timings {
         assert!(timing.single > 0.0, "{timing:?}");
     }
-    assert!(timing("nothing").repeated < timing("one look-up").repeated, "{timings:?}");
-    assert_eq!(timing("miss").lookups, Some(1));
-    assert!(timing("miss").repeated > timing("nothing").repeated, "{timings:?}");
+    // What leaves its packet alone is repeated in the kernel.
+    for name in ["nothing", "one look-up", "miss", "pod's own packet"] {
+        assert!(timing(name).repeated.is_some_and(|nanoseconds| nanoseconds > 0.0), "{timings:?}");
+    }
+    assert_eq!(timing("request, UDP").repeated, None);
+    // The numbers that a packet may cost: docs/BENCHMARKS.md.
+    for (name, most) in
+        [("miss", 1), ("request, UDP", 3), ("request, TCP", 3), ("reply, UDP", 2), ("reply, TCP", 2)]
+    {
+        assert!(timing(name).lookups.is_some_and(|lookups| lookups <= most), "{timings:?}");
+    }
     assert!(timings.len() >= 12);
 }
