@@ -173,7 +173,7 @@ impl Family for V4 {
 
     #[inline(always)]
     fn header<P: Packet>(packet: &P, offset: u32) -> Option<Self::Header> {
-        let header: V4Header = packet.load(offset)?;
+        let header: V4Header = packet.load_header(offset)?;
         (header.version_and_length >> 4 == 4 && header.version_and_length & 0x0f >= 5).then_some(header)
     }
 
@@ -292,7 +292,7 @@ impl Family for V6 {
 
     #[inline(always)]
     fn header<P: Packet>(packet: &P, offset: u32) -> Option<Self::Header> {
-        let header: V6Header = packet.load(offset)?;
+        let header: V6Header = packet.load_header(offset)?;
         // The tables keep IPv4 addresses in this form. Nobody may send it (RFC 6890), and the kernel drops such a source,
         // but only behind this hook.
         let mapped = header.source.is_v4_mapped() || header.destination.is_v4_mapped();

@@ -48,6 +48,12 @@ pub trait Packet {
     /// Copies a value out of the packet. The offset need not be aligned.
     fn load<T: Plain>(&self, offset: u32) -> Option<T>;
 
+    /// As [`Packet::load`], of what every packet is asked for. In the kernel that saves a call most of the time, and costs the
+    /// verifier a path.
+    fn load_header<T: Plain>(&self, offset: u32) -> Option<T> {
+        self.load(offset)
+    }
+
     /// Remembers, for whoever sees the packet later on this node, that it was for an external address.
     fn set_rewritten(&mut self);
 
