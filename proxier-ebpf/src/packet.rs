@@ -16,7 +16,7 @@ macro_rules! plain {
         unsafe impl Plain for $name {}
     )+};
 }
-plain!(u8, u16, [u16; 2], [u8; 2], [u8; 4], [u8; 8]);
+plain!(u8, u16, [u16; 2], [u16; 4], [u8; 2], [u8; 4], [u8; 8]);
 
 // SAFETY: 16 bytes, without holes.
 unsafe impl Plain for Address {}

@@ -68,7 +68,7 @@ fn transport_checksum<F: Family, P: Packet>(
         return Ok(difference);
     }
     if transport.zero_means_none {
-        let field: u16 = packet.load(at).ok_or(WriteError)?;
+        let field = transport.checksum;
         if field == 0 {
             return Ok(difference);
         }

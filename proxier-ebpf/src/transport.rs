@@ -64,6 +64,8 @@ pub struct Transport {
     pub tcp_flags: u8,
     /// A checksum of zero says that there is none (UDP).
     pub zero_means_none: bool,
+    /// The checksum as loaded, where zero means none and [`Transport::checksum_offset`] is not 0; else 0.
+    pub checksum: u16,
 }
 
 /// Why there is no [`Transport`].
@@ -137,6 +139,7 @@ impl Transport {
         query: 0,
         tcp_flags: 0,
         zero_means_none: false,
+        checksum: 0,
     };
 }
 
@@ -215,21 +218,29 @@ pub fn read<P: Packet>(
         transport.checksum_offset = verifier::forget(payload.offset + layout.checksum);
         transport.zero_means_none = layout.zero_means_none;
     }
+    let header: [u16; 4] = if layout.first_fragment < 8 {
+        let [source_port, destination_port] =
+            packet.load_header(payload.offset).ok_or(TransportError::Truncated)?;
+        [source_port, destination_port, 0, 0]
+    } else {
+        packet.load_header(payload.offset).ok_or(TransportError::Truncated)?
+    };
     if let protocol::ICMP | protocol::ICMPV6 = payload.protocol {
-        let header: [u8; 8] = packet.load(payload.offset).ok_or(TransportError::Truncated)?;
-        (transport.kind, transport.query) = icmp_kind(payload.protocol, header[0]);
+        let [icmp_type, _] = header[0].to_ne_bytes();
+        (transport.kind, transport.query) = icmp_kind(payload.protocol, icmp_type);
         if let Kind::Query | Kind::Answer = transport.kind {
-            let identifier = u16::from_ne_bytes([header[4], header[5]]);
-            transport.source_port = identifier;
-            transport.destination_port = identifier;
+            transport.source_port = header[2];
+            transport.destination_port = header[2];
         }
         return Ok(());
     }
-    let ports: [u8; 4] = packet.load(payload.offset).ok_or(TransportError::Truncated)?;
-    transport.source_port = u16::from_ne_bytes([ports[0], ports[1]]);
-    transport.destination_port = u16::from_ne_bytes([ports[2], ports[3]]);
+    [transport.source_port, transport.destination_port, ..] = header;
+    if transport.zero_means_none {
+        transport.checksum = header[3];
+    }
     if payload.protocol == protocol::TCP && !payload.quoted {
-        transport.tcp_flags = packet.load(payload.offset + 13).ok_or(TransportError::Truncated)?;
+        let [_, flags] = packet.load_header(payload.offset + 12).ok_or(TransportError::Truncated)?;
+        transport.tcp_flags = flags;
     }
     Ok(())
 }
