@@ -81,6 +81,10 @@ pub const SERVICE_IS_NODE: u32 = 1 << 2;
 /// [`ServiceValue::flags`]: every conversation has a session of its own, instead of every client.
 pub const SERVICE_BALANCE_FLOW: u32 = 1 << 3;
 
+/// [`ServiceValue::flags`]: new conversations of clients outside go past the node's stack, with pods that can be reached so
+/// ([`PodValue::interface`]).
+pub const SERVICE_DIRECT: u32 = 1 << 4;
+
 /// Key of `backends`: one slot of one generation of a Service.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -115,10 +119,29 @@ pub struct PodKey {
 pub struct PodValue {
     /// The one external address that leads to the pod; all zero if there are several.
     pub external: Address,
-    /// Bits of `SERVICE_*` of that external address.
+    /// Bits of `SERVICE_*` of that external address, and of `POD_*`.
     pub flags: u32,
-    /// Always 0.
-    pub padding: u32,
+    /// The node's link that leads to the pod, if the programs are in place there and packets may pass the node's stack by;
+    /// else 0.
+    pub interface: u32,
+}
+
+/// [`PodValue::flags`]: the link's other end is in the pod, which `bpf_redirect_peer` reaches. Without it the link is a
+/// bridge, or the kernel lacks the helper.
+pub const POD_HAS_PEER: u32 = 1 << 16;
+
+/// Entries of the array `links`. Each is 64 bits, one for an interface: whether pods that are reached past the node's stack
+/// ([`PodValue::interface`]) may send by it. Of an interface whose bit is not set, no packet is looked up as a reply.
+///
+/// An array, as the kernel makes of a look-up there a few instructions. Interfaces whose numbers have the same remainder
+/// share a bit, which costs look-ups in vain.
+pub const LINK_WORDS: u32 = 1024;
+
+/// Where the bit of an interface is in `links`: which entry, and the bit itself.
+#[inline(always)]
+#[must_use]
+pub const fn link_bit(interface: u32) -> (u32, u64) {
+    (interface / u64::BITS % LINK_WORDS, 1 << (interface % u64::BITS))
 }
 
 /// What is looked up in `sources`, behind the number of its leading bits that count: an address that may send to a
@@ -297,6 +320,32 @@ pub const DELIVERY_STACK: u8 = 1;
 /// [`FlowValue::delivery`]: from a process of the node itself, past the node's stack; replies are rewritten at the
 /// ingress of the pod's link.
 pub const DELIVERY_NODE: u8 = 2;
+/// [`FlowValue::delivery`]: past the node's stack, out by the link that leads to the pod; replies are rewritten at the ingress
+/// of the pod's link.
+pub const DELIVERY_DIRECT: u8 = 3;
+/// [`FlowValue::delivery`]: as [`DELIVERY_DIRECT`], but into the link's other end, which is in the pod.
+pub const DELIVERY_PEER: u8 = 4;
+
+/// Whether a flow of this delivery goes past the node's stack, in both directions.
+#[inline(always)]
+#[must_use]
+pub const fn is_direct(delivery: u8) -> bool {
+    matches!(delivery, DELIVERY_DIRECT | DELIVERY_PEER)
+}
+
+/// Whether a place that rewrites packets of flows of one delivery does so for flows of another.
+///
+/// The place for [`DELIVERY_STACK`] takes direct ones too: a packet that could not go directly, or has come by a link that the
+/// programs are not on.
+#[inline(always)]
+#[must_use]
+pub const fn is_of_place(delivery: u8, place: u8) -> bool {
+    match place {
+        DELIVERY_STACK => delivery == DELIVERY_STACK || is_direct(delivery),
+        DELIVERY_DIRECT => is_direct(delivery),
+        _ => delivery == place,
+    }
+}
 
 /// [`FlowValue::tcp_state`]: the pod has answered.
 pub const TCP_REPLIED: u8 = 1 << 0;
@@ -322,8 +371,11 @@ pub struct FragmentKey {
     pub identification: u32,
     /// IP protocol number for IPv4; 0 for IPv6, where the identification alone tells packets apart.
     pub protocol: u8,
+    /// How the rest of a reply that is seen at the pod's link must go, after the first fragment: [`DELIVERY_DIRECT`] past the
+    /// node's stack, [`DELIVERY_STACK`] through it. Elsewhere 0.
+    pub delivery: u8,
     /// Always 0.
-    pub padding: [u8; 3],
+    pub padding: [u8; 2],
 }
 
 /// Value of `fragments`: what one address of the first fragment became: the destination of a request, the source of a reply.

@@ -111,6 +111,27 @@ pub trait Family {
     /// own checksum makes up for the quoted address. For IPv6 both (RFC 4443, section 2.3).
     fn error_difference(outer: u32, quoted: u32) -> u64;
 
+    /// How many routers the packet may still pass.
+    fn hop_limit(header: &Self::Header) -> u8;
+
+    /// What of the header [`Family::pass_router`] has to know beside the hop limit.
+    fn protocol(header: &Self::Header) -> u8;
+
+    /// Whether a router may make fragments of it.
+    fn may_be_fragmented(header: &Self::Header) -> bool;
+
+    /// Takes one off the `hop_limit` in the header at `offset`, which has this `protocol`, as a router does. It must not be 0.
+    ///
+    /// # Errors
+    ///
+    /// The kernel would not write.
+    fn pass_router<P: Packet>(
+        packet: &mut P,
+        offset: u32,
+        hop_limit: u8,
+        protocol: u8,
+    ) -> Result<(), WriteError>;
+
     /// Writes an address `at` bytes into the header at `offset`, and mends the header's own checksum.
     ///
     /// # Errors
@@ -130,6 +151,8 @@ pub trait Family {
 pub struct V4;
 
 const V4_CHECKSUM: u32 = 10;
+const V4_TIME_TO_LIVE: u32 = 8;
+const V4_DONT_FRAGMENT: u16 = 0x4000;
 const V4_MORE_FRAGMENTS: u16 = 0x2000;
 const V4_FRAGMENT_OFFSET: u16 = 0x1fff;
 
@@ -236,6 +259,36 @@ impl Family for V4 {
         packet.adjust_header_checksum(offset + V4_CHECKSUM, difference)?;
         packet.store_v4_address(offset + at, address)
     }
+
+    #[inline(always)]
+    fn hop_limit(header: &Self::Header) -> u8 {
+        header.time_to_live
+    }
+
+    #[inline(always)]
+    fn may_be_fragmented(header: &Self::Header) -> bool {
+        u16::from_be_bytes(header.fragment) & V4_DONT_FRAGMENT == 0
+    }
+
+    #[inline(always)]
+    fn protocol(header: &Self::Header) -> u8 {
+        header.protocol
+    }
+
+    #[inline(always)]
+    fn pass_router<P: Packet>(
+        packet: &mut P,
+        offset: u32,
+        hop_limit: u8,
+        protocol: u8,
+    ) -> Result<(), WriteError> {
+        let next = hop_limit.wrapping_sub(1);
+        // The word of the header that it shares with the protocol.
+        let word = |time_to_live: u8| u16::from_ne_bytes([time_to_live, protocol]);
+        let difference = checksum::word_difference(word(hop_limit), word(next));
+        packet.adjust_header_checksum(offset + V4_CHECKSUM, difference)?;
+        packet.store_time_to_live(offset + V4_TIME_TO_LIVE, next)
+    }
 }
 
 /// IPv6 (RFC 8200).
@@ -267,6 +320,7 @@ unsafe impl Plain for V6Header {}
 
 /// Length of the IPv6 header, in bytes.
 pub const V6_HEADER_LENGTH: u32 = 40;
+const V6_HOP_LIMIT: u32 = 7;
 const V6_MORE_FRAGMENTS: u16 = 0x0001;
 const V6_FRAGMENT_OFFSET: u16 = 0xfff8;
 const V6_FRAGMENT_HEADER_LENGTH: u32 = 8;
@@ -387,6 +441,31 @@ impl Family for V6 {
         _difference: u32,
     ) -> Result<(), WriteError> {
         packet.store_v6_address(offset + at, address)
+    }
+
+    #[inline(always)]
+    fn hop_limit(header: &Self::Header) -> u8 {
+        header.hop_limit
+    }
+
+    #[inline(always)]
+    fn may_be_fragmented(_header: &Self::Header) -> bool {
+        false
+    }
+
+    #[inline(always)]
+    fn protocol(header: &Self::Header) -> u8 {
+        header.next_header
+    }
+
+    #[inline(always)]
+    fn pass_router<P: Packet>(
+        packet: &mut P,
+        offset: u32,
+        hop_limit: u8,
+        _protocol: u8,
+    ) -> Result<(), WriteError> {
+        packet.store_hop_limit(offset + V6_HOP_LIMIT, hop_limit.wrapping_sub(1))
     }
 }
 

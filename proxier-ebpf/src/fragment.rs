@@ -10,15 +10,17 @@ use crate::{
 /// How long the rest of a fragmented packet may take: a receiver gives up after 60 s (RFC 8200, section 4.5).
 const TIMEOUT: u64 = 60 * SECOND;
 
-/// Which packet a fragment is of, whose address `local` is to be replaced. Both addresses as they came.
+/// Which packet a fragment is of, whose address `local` is to be replaced. Both addresses as they came. `delivery` is as
+/// [`FragmentKey::delivery`].
 #[inline(always)]
-pub(crate) fn key<F: Family>(local: Address, peer: Address, payload: &Payload) -> FragmentKey {
+pub(crate) fn key<F: Family>(local: Address, peer: Address, payload: &Payload, delivery: u8) -> FragmentKey {
     FragmentKey {
         local,
         peer,
         identification: payload.identification,
         protocol: F::fragment_protocol(payload),
-        padding: [0; 3],
+        delivery,
+        padding: [0; 2],
     }
 }
 

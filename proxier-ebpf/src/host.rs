@@ -14,7 +14,7 @@ use proxier_common::{
 
 use crate::{
     checksum,
-    packet::{NetworkHeader, Packet, Plain, WriteError},
+    packet::{NetworkHeader, Packet, Plain, Way, WriteError},
     tables::{FlowEntry, InsertError, SessionEntry, Tables},
 };
 
@@ -24,6 +24,12 @@ pub struct HostPacket {
     /// Its bytes, from the destination MAC address on.
     pub bytes: Vec<u8>,
     rewritten: bool,
+    /// What the routing will say.
+    pub way: Way,
+    /// The packets that it will be segmented into.
+    pub segment_size: u32,
+    /// The link that it has come by.
+    pub link: u32,
 }
 
 impl PartialEq for HostPacket {
@@ -38,7 +44,7 @@ impl HostPacket {
     /// A frame that no program has seen yet.
     #[must_use]
     pub const fn new(bytes: Vec<u8>) -> Self {
-        Self { bytes, rewritten: false }
+        Self { bytes, rewritten: false, way: Way::Open, segment_size: 0, link: 0 }
     }
 
     fn write(&mut self, offset: u32, bytes: &[u8]) -> Result<(), WriteError> {
@@ -49,6 +55,24 @@ impl HostPacket {
 }
 
 impl Packet for HostPacket {
+    const CAN_PASS_STACK: bool = true;
+
+    /// What was asked of [`Packet::find_way`].
+    type Path = Option<(Address, Address, u32)>;
+
+    fn find_way(&self, source: &Address, destination: &Address, length: u32, path: &mut Self::Path) -> Way {
+        *path = Some((*source, *destination, length));
+        self.way
+    }
+
+    fn segment_size(&self) -> u32 {
+        self.segment_size
+    }
+
+    fn is_of_link(&self, interface: u32) -> bool {
+        self.link == interface
+    }
+
     fn network_header(&self) -> Option<NetworkHeader> {
         let mut offset = 12;
         loop {
@@ -107,6 +131,14 @@ impl Packet for HostPacket {
 
     fn store_v4_address(&mut self, offset: u32, address: Address) -> Result<(), WriteError> {
         self.write(offset, &address.v4_octets())
+    }
+
+    fn store_time_to_live(&mut self, offset: u32, value: u8) -> Result<(), WriteError> {
+        self.write(offset, &[value])
+    }
+
+    fn store_hop_limit(&mut self, offset: u32, value: u8) -> Result<(), WriteError> {
+        self.write(offset, &[value])
     }
 
     fn store_v6_address(&mut self, offset: u32, address: Address) -> Result<(), WriteError> {

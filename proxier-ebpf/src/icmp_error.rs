@@ -11,7 +11,10 @@
 //! type 5) is dropped: its advice is about the way to the pod, and would be taken for one about the external
 //! address; netfilter's NAT drops it too.
 
-use proxier_common::{Address, DropReason, ExternalKey, FlowKey, protocol};
+use proxier_common::{
+    Address, DELIVERY_DIRECT, DELIVERY_STACK, DropReason, ExternalKey, FlowKey, FlowValue, PodKey,
+    is_of_place, protocol,
+};
 
 use crate::{
     checksum,
@@ -76,11 +79,13 @@ pub(crate) fn to_pod<F: Family, P: Packet, T: Tables>(
         return Verdict::Drop(DropReason::UnrelatedError);
     }
     let mut key = quote.transport.flow_of_reply(pod, peer);
-    if flow_external(tables, &key, origin.delivery()) != Some(external) {
+    let mut flow = flow_of(tables, &key, origin.delivery());
+    if flow.external != external {
         // The conversation may be one with the client's former pod.
         pod = session.value().former;
         key.pod = pod;
-        if flow_external(tables, &key, origin.delivery()) != Some(external) {
+        flow = flow_of(tables, &key, origin.delivery());
+        if flow.external != external {
             return Verdict::Drop(DropReason::UnrelatedError);
         }
     }
@@ -91,7 +96,9 @@ pub(crate) fn to_pod<F: Family, P: Packet, T: Tables>(
     let written = mend_checksums::<F, P>(packet, &outer, &quote, difference, difference)
         .and_then(|()| F::store_address(packet, quote.offset, F::SOURCE, pod, difference))
         .and_then(|()| F::store_address(packet, offset, F::DESTINATION, pod, difference));
-    Verdict::of_write(written, Verdict::Rewritten)
+    // To conntrack, an error about a conversation that it has not seen is invalid.
+    let delivery = if origin.may_be_direct::<P>() { flow.delivery } else { DELIVERY_STACK };
+    Verdict::of_write(written, Verdict::to_pod(delivery))
 }
 
 /// An error that a pod, the node or somebody behind it sends to a client: about a request.
@@ -120,18 +127,29 @@ pub(crate) fn to_client<F: Family, P: Packet, T: Tables>(
         return Verdict::Next;
     }
     let key = quote.transport.flow_of_request(pod, peer);
-    let Some(external) = flow_external(tables, &key, delivery) else {
+    let external = flow_of(tables, &key, delivery).external;
+    if external == Address::UNSPECIFIED {
         return Verdict::Next;
-    };
+    }
     if outer.is_redirect::<F>() {
         return Verdict::Drop(DropReason::IcmpRedirect);
+    }
+    // As of any reply: from the pod's own link only.
+    if delivery == DELIVERY_DIRECT
+        && !tables
+            .pod(&PodKey { pod })
+            .is_some_and(|pod| pod.interface != 0 && packet.is_of_link(pod.interface))
+    {
+        return Verdict::Next;
     }
     let outer_difference = F::difference(outer.source, external);
     let quoted_difference = F::difference(pod, external);
     let written = mend_checksums::<F, P>(packet, &outer, &quote, outer_difference, quoted_difference)
         .and_then(|()| F::store_address(packet, quote.offset, F::DESTINATION, external, quoted_difference))
         .and_then(|()| F::store_address(packet, offset, F::SOURCE, external, outer_difference));
-    Verdict::of_write(written, Verdict::Rewritten)
+    // Nobody is told of an error that finds no way, so it need not be the pod's any more.
+    let onward = if delivery == DELIVERY_DIRECT { Verdict::Forward } else { Verdict::Rewritten };
+    Verdict::of_write(written, onward)
 }
 
 /// The error itself.
@@ -180,10 +198,23 @@ fn quote<F: Family, P: Packet>(packet: &P, outer: &Outer) -> Option<Quote> {
     Some(Quote { offset, source: F::source(&header), destination: F::destination(&header), transport })
 }
 
+/// What of a flow is asked here.
+#[repr(C)]
+struct Conversation {
+    /// [`Address::UNSPECIFIED`] if there is no such flow that is rewritten here.
+    external: Address,
+    delivery: u8,
+}
+
 #[inline(always)]
-fn flow_external<T: Tables>(tables: &T, key: &FlowKey, delivery: u8) -> Option<Address> {
-    let flow = tables.flow(key)?.value();
-    (flow.delivery == delivery).then_some(flow.external)
+fn flow_of<T: Tables>(tables: &T, key: &FlowKey, place: u8) -> Conversation {
+    match tables.flow(key) {
+        Some(entry) if is_of_place(entry.value().delivery, place) => {
+            let FlowValue { external, delivery, .. } = entry.value();
+            Conversation { external, delivery }
+        }
+        _ => Conversation { external: Address::UNSPECIFIED, delivery: 0 },
+    }
 }
 
 /// The checksum in the quote, where there is one, and the message's own, which covers the quote.

@@ -15,6 +15,7 @@
 #![cfg_attr(target_arch = "bpf", no_std)]
 
 pub mod checksum;
+pub mod direct;
 pub mod family;
 mod fragment;
 #[cfg(not(target_arch = "bpf"))]
@@ -29,9 +30,10 @@ pub mod transport;
 pub mod verdict;
 pub mod verifier;
 
+pub use direct::forward;
 pub use family::{Family, V4, V6};
-pub use packet::{NetworkHeader, Packet, Plain};
-pub use reply::{error_reply, reply};
+pub use packet::{NetworkHeader, Packet, Plain, Way};
+pub use reply::{error_reply, reply, reply_directly};
 pub use request::{Origin, request, straight_to_pod};
 pub use tables::{FlowEntry, InsertError, SessionEntry, Tables};
 pub use verdict::Verdict;

@@ -30,6 +30,18 @@ pub enum NetworkHeader {
     V6(u32),
 }
 
+/// What the node's routing says about a packet that is to go past the node's stack.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// It can go.
+    Open,
+    /// It is too large for the way.
+    TooNarrow,
+    /// There is none, or none that is known without the stack.
+    None,
+}
+
 /// The kernel would not write: no memory to make the packet writable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WriteError;
@@ -39,6 +51,23 @@ pub struct WriteError;
 /// Offsets count bytes from the first byte. Reads past the end give `None`. Writes are only asked for where a read
 /// has succeeded before.
 pub trait Packet {
+    /// Whether a packet can be sent past the node's stack where it is seen.
+    const CAN_PASS_STACK: bool;
+
+    /// Where a packet leaves the node, as [`Packet::find_way`] has found it. Whoever sends the packet on has to keep it: most
+    /// packets need none, and the kernel's stack is small.
+    type Path;
+
+    /// Finds the way of a packet of `length` bytes (without link-layer header) from and to these addresses, which need not be
+    /// those that it has.
+    fn find_way(&self, source: &Address, destination: &Address, length: u32, path: &mut Self::Path) -> Way;
+
+    /// Whether it has come by this link, as far as that can be told from where it is seen: a port of a bridge is not the bridge.
+    fn is_of_link(&self, interface: u32) -> bool;
+
+    /// How much payload each of the packets has into which this one is segmented later (GSO); 0 if it is not.
+    fn segment_size(&self) -> u32;
+
     /// The network header; `None` if it is neither IPv4 nor IPv6.
     fn network_header(&self) -> Option<NetworkHeader>;
 
@@ -95,6 +124,20 @@ pub trait Packet {
     ///
     /// [`WriteError`]; this write has not happened.
     fn store_v4_address(&mut self, offset: u32, address: Address) -> Result<(), WriteError>;
+
+    /// Writes IPv4's time to live. The header checksum makes up for it.
+    ///
+    /// # Errors
+    ///
+    /// [`WriteError`]; this write has not happened.
+    fn store_time_to_live(&mut self, offset: u32, value: u8) -> Result<(), WriteError>;
+
+    /// Writes IPv6's hop limit.
+    ///
+    /// # Errors
+    ///
+    /// [`WriteError`]; this write has not happened.
+    fn store_hop_limit(&mut self, offset: u32, value: u8) -> Result<(), WriteError>;
 
     /// Writes an IPv6 address, to which no checksum of the IPv6 header belongs.
     ///

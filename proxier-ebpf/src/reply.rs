@@ -5,29 +5,33 @@
 //! answers to clients that spoke to the pod's address directly, are none of these.
 
 use proxier_common::{
-    Address, DropReason, FlowValue, PodKey, PodValue, Statistic, TCP_ESTABLISHED, TCP_REPLIED, TCP_REPLY_FIN,
-    TCP_RESET, protocol, timeout,
+    Address, DELIVERY_DIRECT, DELIVERY_PEER, DELIVERY_STACK, DropReason, FlowValue, FragmentKey,
+    POD_HAS_PEER, PodKey, PodValue, SERVICE_DIRECT, Statistic, TCP_ESTABLISHED, TCP_REPLIED, TCP_REPLY_FIN,
+    TCP_RESET, is_of_place, protocol, timeout,
 };
 
 use crate::{
+    V4, V6, direct,
     family::{Family, Fragment, Payload},
     fragment, icmp_error,
-    packet::{NetworkHeader, Packet, WriteError},
+    packet::{NetworkHeader, Packet, Way, WriteError},
     rewrite::{self, Replacement},
     tables::{FlowEntry, SessionEntry, Tables},
     transport::{self, Kind, Transport, tcp_flags},
     verdict::Verdict,
 };
 
-/// Decides about a packet on its way to a client that is reached so (`DELIVERY_*`), and rewrites it if it answers one of an
-/// external address.
+/// Decides about a packet on its way to a client that is reached so ([`DELIVERY_STACK`](proxier_common::DELIVERY_STACK),
+/// [`DELIVERY_NODE`](proxier_common::DELIVERY_NODE)), and rewrites it if it answers one of an external address.
 #[inline(always)]
 pub fn reply<P: Packet, T: Tables>(packet: &mut P, tables: &T, delivery: u8) -> Verdict {
-    match packet.network_header() {
-        Some(NetworkHeader::V4(offset)) => of_family::<crate::V4, P, T>(packet, tables, offset, delivery),
-        Some(NetworkHeader::V6(offset)) => of_family::<crate::V6, P, T>(packet, tables, offset, delivery),
-        None => Verdict::Next,
-    }
+    of_any_family(packet, tables, delivery, None)
+}
+
+/// As [`reply`], at the link of a pod, of what goes past the node's stack (`path`).
+#[inline(always)]
+pub fn reply_directly<P: Packet, T: Tables>(packet: &mut P, tables: &T, path: &mut P::Path) -> Verdict {
+    of_any_family(packet, tables, DELIVERY_DIRECT, Some(path))
 }
 
 /// As [`reply`], for an ICMP error and nothing else.
@@ -35,11 +39,25 @@ pub fn reply<P: Packet, T: Tables>(packet: &mut P, tables: &T, delivery: u8) -> 
 pub fn error_reply<P: Packet, T: Tables>(packet: &mut P, tables: &T, delivery: u8) -> Verdict {
     match packet.network_header() {
         Some(NetworkHeader::V4(offset)) => {
-            icmp_error::to_client::<crate::V4, P, T>(packet, tables, offset, delivery)
+            icmp_error::to_client::<V4, P, T>(packet, tables, offset, delivery)
         }
         Some(NetworkHeader::V6(offset)) => {
-            icmp_error::to_client::<crate::V6, P, T>(packet, tables, offset, delivery)
+            icmp_error::to_client::<V6, P, T>(packet, tables, offset, delivery)
         }
+        None => Verdict::Next,
+    }
+}
+
+#[inline(always)]
+fn of_any_family<P: Packet, T: Tables>(
+    packet: &mut P,
+    tables: &T,
+    delivery: u8,
+    path: Option<&mut P::Path>,
+) -> Verdict {
+    match packet.network_header() {
+        Some(NetworkHeader::V4(offset)) => of_family::<V4, P, T>(packet, tables, offset, delivery, path),
+        Some(NetworkHeader::V6(offset)) => of_family::<V6, P, T>(packet, tables, offset, delivery, path),
         None => Verdict::Next,
     }
 }
@@ -50,8 +68,9 @@ fn of_family<F: Family, P: Packet, T: Tables>(
     tables: &T,
     offset: u32,
     delivery: u8,
+    path: Option<&mut P::Path>,
 ) -> Verdict {
-    match ordinary::<F, P, T>(packet, tables, offset, delivery) {
+    match ordinary::<F, P, T>(packet, tables, offset, delivery, path) {
         Some(verdict) => verdict,
         // From here, where nothing else lies on the kernel's stack.
         None => icmp_error::to_client::<F, P, T>(packet, tables, offset, delivery),
@@ -66,9 +85,37 @@ struct Reply {
     /// To be found.
     external: Address,
     of_pod: PodValue,
+    payload: Payload,
+    transport: Transport,
     /// Of the session that makes up for a flow.
     service_id: u32,
+    /// That of the place that sees it (`DELIVERY_*`).
     delivery: u8,
+    hop_limit: u8,
+    /// Whether a router may make fragments of it.
+    may_be_fragmented: bool,
+    /// A later fragment of a packet whose first one was too large.
+    follows_through_stack: bool,
+}
+
+impl Reply {
+    /// To be filled in by [`read`].
+    #[inline(always)]
+    const fn within(length: u32, delivery: u8) -> Self {
+        Self {
+            pod: Address::UNSPECIFIED,
+            peer: Address::UNSPECIFIED,
+            external: Address::UNSPECIFIED,
+            of_pod: PodValue { external: Address::UNSPECIFIED, flags: 0, interface: 0 },
+            payload: Payload::within(length, false),
+            transport: Transport::EMPTY,
+            service_id: 0,
+            delivery,
+            hop_limit: 0,
+            may_be_fragmented: false,
+            follows_through_stack: false,
+        }
+    }
 }
 
 /// Anything but an ICMP error, for which it returns `None`.
@@ -80,64 +127,128 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
     tables: &T,
     offset: u32,
     delivery: u8,
+    path: Option<&mut P::Path>,
 ) -> Option<Verdict> {
-    let Some(header) = F::header(packet, offset) else {
-        return Some(Verdict::Next);
-    };
-    let mut payload = Payload::within(packet.length(), false);
-    let mut transport = Transport::EMPTY;
-    if !F::payload(packet, offset, &header, &mut payload)
-        || transport::read(packet, &payload, F::ICMP, &mut transport).is_err()
-    {
+    let mut reply = Reply::within(packet.length(), delivery);
+    if !read::<F, P>(packet, offset, &mut reply) {
         return Some(Verdict::Next);
     }
-    match transport.kind {
+    match reply.transport.kind {
         Kind::IcmpError => return None,
-        Kind::NeighbourRedirect => return Some(of_redirect(packet, tables, &payload)),
+        Kind::NeighbourRedirect if path.is_some() => return Some(Verdict::Next),
+        Kind::NeighbourRedirect => return Some(of_redirect(packet, tables, &reply.payload)),
         _ => {}
     }
-    let (pod, peer) = (F::source(&header), F::destination(&header));
-    let Some(of_pod) = tables.pod(&PodKey { pod }) else {
+    let Some(of_pod) = tables.pod(&PodKey { pod: reply.pod }) else {
         return Some(Verdict::Next);
     };
-    let mut reply = Reply { pod, peer, external: pod, of_pod, service_id: 0, delivery };
-    let found = if let Fragment::Later = payload.fragment {
-        let key = fragment::key::<F>(pod, peer, &payload);
-        fragment::find(tables, &key, &mut reply.external)
-    } else {
-        match find_flow(tables, &transport, &mut reply) {
-            Found::Yes => true,
-            Found::No => false,
-            Found::NoFlow => {
-                is_of_session(tables, &transport, &mut reply) && rebuild_flow(tables, &transport, &reply)
-            }
-        }
-    };
-    if let Fragment::First = payload.fragment {
-        let key = fragment::key::<F>(pod, peer, &payload);
-        if found {
-            fragment::remember(tables, &key, reply.external);
-        } else {
-            // The identification is in use again, by a packet that is not ours.
-            tables.remove_fragment(&key);
-        }
-    }
-    if !found {
+    // With another pod's address a packet must not get past the filters of the link.
+    if path.is_some() && (of_pod.interface == 0 || !packet.is_of_link(of_pod.interface)) {
         return Some(Verdict::Next);
     }
-    let written = send::<F, P>(packet, offset, &payload, &transport, &reply);
-    Some(Verdict::of_write(written, Verdict::Rewritten))
+    reply.of_pod = of_pod;
+    let verdict = match path {
+        _ if !is_of_external::<F, T>(tables, &mut reply) => Verdict::Next,
+        Some(path) => verdict_on_way(packet, offset, &reply, path),
+        None => Verdict::Rewritten,
+    };
+    if let Fragment::First = reply.payload.fragment {
+        lead_rest::<F, T>(tables, &reply, verdict);
+    }
+    if verdict == Verdict::Next {
+        return Some(verdict);
+    }
+    let mut written = send::<F, P>(packet, offset, &reply);
+    if verdict == Verdict::Direct {
+        let Reply { hop_limit, payload, .. } = &reply;
+        written = written.and_then(|()| F::pass_router(packet, offset, *hop_limit, payload.protocol));
+    }
+    Some(Verdict::of_write(written, verdict))
+}
+
+/// Whether a reply can go past the stack. Else the stack has it untouched and answers with an error; or makes fragments of it,
+/// for which it must not be the pod's: to conntrack that would be a conversation of the pod's own, and masqueraded as such.
+#[inline(always)]
+fn verdict_on_way<P: Packet>(packet: &P, offset: u32, reply: &Reply, path: &mut P::Path) -> Verdict {
+    if reply.hop_limit <= 1 {
+        return Verdict::Next;
+    }
+    let length = direct::length_on_wire(packet, offset, &reply.payload);
+    match packet.find_way(&reply.external, &reply.peer, length, path) {
+        Way::Open if reply.follows_through_stack => Verdict::FromUplink,
+        Way::Open => Verdict::Direct,
+        Way::TooNarrow if reply.may_be_fragmented => Verdict::FromUplink,
+        Way::TooNarrow | Way::None => Verdict::Next,
+    }
+}
+
+/// Reads the packet. `false` if it is broken, or not one that NAT may touch.
+#[inline(never)]
+fn read<F: Family, P: Packet>(packet: &P, offset: u32, reply: &mut Reply) -> bool {
+    let Some(header) = F::header(packet, offset) else {
+        return false;
+    };
+    (reply.pod, reply.peer) = (F::source(&header), F::destination(&header));
+    (reply.hop_limit, reply.may_be_fragmented) = (F::hop_limit(&header), F::may_be_fragmented(&header));
+    F::payload(packet, offset, &header, &mut reply.payload)
+        && transport::read(packet, &reply.payload, F::ICMP, &mut reply.transport).is_ok()
+}
+
+/// Whether the packet answers a client of an external address, which then is in `reply`.
+#[inline(always)]
+fn is_of_external<F: Family, T: Tables>(tables: &T, reply: &mut Reply) -> bool {
+    if let Fragment::Later = reply.payload.fragment {
+        return follow_first::<F, T>(tables, reply);
+    }
+    match find_flow(tables, reply) {
+        Found::Yes => true,
+        Found::No => false,
+        Found::NoFlow => is_of_session(tables, reply) && rebuild_flow(tables, reply),
+    }
+}
+
+/// How the first fragment of a packet went ([`FragmentKey::delivery`]) that is seen at a place of this delivery.
+const fn first_went(delivery: u8) -> u8 {
+    if delivery == DELIVERY_DIRECT { DELIVERY_DIRECT } else { 0 }
+}
+
+/// Finds out about a later fragment from the first one. `false` if that was not ours, or has not passed yet.
+#[inline(never)]
+fn follow_first<F: Family, T: Tables>(tables: &T, reply: &mut Reply) -> bool {
+    let key = fragment::key::<F>(reply.pod, reply.peer, &reply.payload, first_went(reply.delivery));
+    if fragment::find(tables, &key, &mut reply.external) {
+        return true;
+    }
+    let key = FragmentKey { delivery: DELIVERY_STACK, ..key };
+    reply.follows_through_stack =
+        reply.delivery == DELIVERY_DIRECT && fragment::find(tables, &key, &mut reply.external);
+    reply.follows_through_stack
+}
+
+/// Lets the rest of a fragmented packet follow the first fragment, about which this was the verdict. All of them take one way:
+/// conntrack in the stack would wait for one that does not.
+#[inline(never)]
+fn lead_rest<F: Family, T: Tables>(tables: &T, reply: &Reply, verdict: Verdict) {
+    let here = fragment::key::<F>(reply.pod, reply.peer, &reply.payload, first_went(reply.delivery));
+    let stack = FragmentKey { delivery: DELIVERY_STACK, ..here };
+    // Of an earlier packet that had the same identification.
+    if verdict != Verdict::FromUplink && reply.delivery == DELIVERY_DIRECT {
+        tables.remove_fragment(&stack);
+    }
+    match verdict {
+        Verdict::Next => tables.remove_fragment(&here),
+        Verdict::FromUplink => {
+            tables.remove_fragment(&here);
+            fragment::remember(tables, &stack, reply.external);
+        }
+        _ => fragment::remember(tables, &here, reply.external),
+    }
 }
 
 #[inline(never)]
-fn send<F: Family, P: Packet>(
-    packet: &mut P,
-    offset: u32,
-    payload: &Payload,
-    transport: &Transport,
-    reply: &Reply,
-) -> Result<(), WriteError> {
-    let replacement = Replacement { old: reply.pod, new: reply.external, other: reply.peer };
+fn send<F: Family, P: Packet>(packet: &mut P, offset: u32, reply: &Reply) -> Result<(), WriteError> {
+    let Reply { pod, peer, external, payload, transport, .. } = reply;
+    let replacement = Replacement { old: *pod, new: *external, other: *peer };
     rewrite::address::<F, P>(packet, (offset, F::SOURCE), payload, transport, &replacement)
 }
 
@@ -167,7 +278,8 @@ enum Found {
 
 /// Finds the external address that the client of this conversation speaks to.
 #[inline(never)]
-fn find_flow<T: Tables>(tables: &T, transport: &Transport, reply: &mut Reply) -> Found {
+fn find_flow<T: Tables>(tables: &T, reply: &mut Reply) -> Found {
+    let transport = &reply.transport;
     if !matches!(transport.kind, Kind::Ordinary | Kind::Answer) {
         return Found::No;
     }
@@ -176,7 +288,7 @@ fn find_flow<T: Tables>(tables: &T, transport: &Transport, reply: &mut Reply) ->
         return Found::NoFlow;
     };
     let flow = entry.value();
-    if flow.delivery != reply.delivery || is_another_conversation(&flow, transport) {
+    if !is_of_place(flow.delivery, reply.delivery) || is_another_conversation(&flow, transport) {
         return Found::No;
     }
     entry.refresh(&flow, tables.now(), tcp_state_after(transport, flow.tcp_state));
@@ -190,9 +302,14 @@ fn find_flow<T: Tables>(tables: &T, transport: &Transport, reply: &mut Reply) ->
 /// It does if nothing else can be meant: it is of the TCP connection that the client opened last, through the one external
 /// address that the pod has.
 #[inline(never)]
-fn is_of_session<T: Tables>(tables: &T, transport: &Transport, reply: &mut Reply) -> bool {
-    let Reply { pod, peer, of_pod: PodValue { external, flags, .. }, .. } = *reply;
+fn is_of_session<T: Tables>(tables: &T, reply: &mut Reply) -> bool {
+    let Reply { pod, peer, of_pod: PodValue { external, flags, .. }, transport, .. } = &*reply;
+    let (pod, peer, external, flags) = (*pod, *peer, *external, *flags);
     if transport.protocol != protocol::TCP || external == Address::UNSPECIFIED {
+        return false;
+    }
+    // The place sees conversations of either kind; whose flow is gone was direct if a new one would be.
+    if reply.delivery == DELIVERY_DIRECT && flags & SERVICE_DIRECT == 0 {
         return false;
     }
     let Some(entry) = tables.session(&transport.session_of_reply(external, peer, flags)) else {
@@ -207,19 +324,24 @@ fn is_of_session<T: Tables>(tables: &T, transport: &Transport, reply: &mut Reply
         entry.set_tcp_ports(0, 0);
         return false;
     }
+    let goes_on = transport.tcp_flags & (tcp_flags::SYN | tcp_flags::RST | tcp_flags::ACK) == tcp_flags::ACK;
     reply.external = external;
     reply.service_id = session.service_id;
-    transport.tcp_flags & (tcp_flags::SYN | tcp_flags::RST | tcp_flags::ACK) == tcp_flags::ACK
+    goes_on
 }
 
 #[inline(never)]
-fn rebuild_flow<T: Tables>(tables: &T, transport: &Transport, reply: &Reply) -> bool {
+fn rebuild_flow<T: Tables>(tables: &T, reply: &Reply) -> bool {
+    let transport = &reply.transport;
     let key = transport.flow_of_reply(reply.pod, reply.peer);
     let flow = FlowValue {
         external: reply.external,
         last_seen: tables.now(),
         service_id: reply.service_id,
-        delivery: reply.delivery,
+        delivery: match reply.delivery {
+            DELIVERY_DIRECT if reply.of_pod.flags & POD_HAS_PEER != 0 => DELIVERY_PEER,
+            delivery => delivery,
+        },
         tcp_state: tcp_state_after(transport, TCP_ESTABLISHED),
         padding: 0,
     };

@@ -1,10 +1,11 @@
 //! Requests: a packet from a client to an external address goes to a pod.
 
 use proxier_common::{
-    Address, BackendKey, DELIVERY_NODE, DELIVERY_STACK, DropReason, ExternalKey, FlowKey, FlowValue,
-    MEMBER_DRAINING, MemberKey, PodKey, PodValue, SERVICE_BALANCE_FLOW, SERVICE_IS_NODE, SERVICE_IS_POD,
-    SERVICE_PASS_WITHOUT_BACKEND, ServiceValue, SessionKey, SessionValue, SourceKey, Statistic,
-    TCP_ESTABLISHED, TCP_REPLIED, TCP_REQUEST_FIN, protocol,
+    Address, BackendKey, DELIVERY_DIRECT, DELIVERY_NODE, DELIVERY_PEER, DELIVERY_STACK, DropReason,
+    ExternalKey, FlowKey, FlowValue, MEMBER_DRAINING, MemberKey, POD_HAS_PEER, PodKey, PodValue,
+    SERVICE_BALANCE_FLOW, SERVICE_DIRECT, SERVICE_IS_NODE, SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND,
+    ServiceValue, SessionKey, SessionValue, SourceKey, Statistic, TCP_ESTABLISHED, TCP_REPLIED,
+    TCP_REQUEST_FIN, is_direct, protocol,
     timeout::{self, SECOND},
 };
 
@@ -38,6 +39,12 @@ impl Origin {
             Self::Outside | Self::Pod => DELIVERY_STACK,
             Self::Node => DELIVERY_NODE,
         }
+    }
+
+    /// Whether a request from there, seen as such a packet, may go past the node's stack.
+    #[inline(always)]
+    pub(crate) const fn may_be_direct<P: Packet>(self) -> bool {
+        P::CAN_PASS_STACK && matches!(self, Self::Outside)
     }
 
     /// Whether the pod that a client is on may be the client itself.
@@ -77,7 +84,7 @@ pub fn straight_to_pod<P: Packet, T: Tables>(packet: &P, tables: &T) {
 
 #[inline(never)]
 fn straight_of_family<F: Family, P: Packet, T: Tables>(packet: &P, tables: &T, offset: u32) {
-    let mut request = Request::within(packet.length(), DELIVERY_NODE);
+    let mut request = Request::within(packet.length(), DELIVERY_NODE, false);
     if !packet.is_rewritten() && read::<F, P, T>(packet, tables, offset, &mut request) == Read::Pod {
         forget_flow(tables, &request, JUST_NOW);
     }
@@ -108,7 +115,7 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
     offset: u32,
     origin: Origin,
 ) -> Option<Verdict> {
-    let mut request = Request::within(packet.length(), origin.delivery());
+    let mut request = Request::within(packet.length(), origin.delivery(), origin.may_be_direct::<P>());
     match read::<F, P, T>(packet, tables, offset, &mut request) {
         Read::External => {}
         Read::NotOurs => return Some(request.left_alone(origin)),
@@ -140,7 +147,11 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
         return Some(Verdict::Drop(DropReason::SourceNotAllowed));
     }
     request.now = tables.now();
-    let mut placement = Placement { pod: Address::UNSPECIFIED, former: [Address::UNSPECIFIED; 2] };
+    let mut placement = Placement {
+        pod: Address::UNSPECIFIED,
+        former: [Address::UNSPECIFIED; 2],
+        delivery: request.delivery,
+    };
     let is_later = matches!(request.payload.fragment, Fragment::Later);
     if !(is_later && follow_first::<F, T>(tables, &request, &mut placement)) {
         if is_later && request.service.flags & SERVICE_BALANCE_FLOW != 0 && request.service.backend_count > 1
@@ -179,7 +190,12 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
     }
     packet.set_rewritten();
     let written = deliver::<F, P>(packet, offset, &request, &placement);
-    Some(Verdict::of_write(written, Verdict::Rewritten))
+    // All fragments of a packet go through the stack: conntrack there would wait for one that does not.
+    let verdict = match request.payload.fragment {
+        Fragment::Whole => Verdict::to_pod(placement.delivery),
+        Fragment::First | Fragment::Later => Verdict::Rewritten,
+    };
+    Some(Verdict::of_write(written, verdict))
 }
 
 #[inline(never)]
@@ -210,12 +226,14 @@ struct Request {
     transport: Transport,
     /// As [`FlowValue::delivery`].
     delivery: u8,
+    /// Whether the packet may go past the node's stack.
+    may_be_direct: bool,
 }
 
 impl Request {
     /// To be filled in by [`read`], for a packet of this length that is delivered so.
     #[inline(always)]
-    const fn within(length: u32, delivery: u8) -> Self {
+    const fn within(length: u32, delivery: u8, may_be_direct: bool) -> Self {
         Self {
             destination: ExternalKey { external: Address::UNSPECIFIED },
             peer: Address::UNSPECIFIED,
@@ -231,6 +249,7 @@ impl Request {
             payload: Payload::within(length, false),
             transport: Transport::EMPTY,
             delivery,
+            may_be_direct,
         }
     }
 
@@ -254,6 +273,19 @@ impl Request {
             generation: self.service.generation,
             tcp_port: 0,
             tcp_peer_port: 0,
+            padding: 0,
+        }
+    }
+
+    /// A flow that was in use just now.
+    #[inline(always)]
+    const fn flow(&self, delivery: u8, tcp_state: u8) -> FlowValue {
+        FlowValue {
+            external: self.destination.external,
+            last_seen: self.now,
+            service_id: self.service.service_id,
+            delivery,
+            tcp_state,
             padding: 0,
         }
     }
@@ -315,6 +347,8 @@ struct Placement {
     pod: Address,
     /// The pods that it was on before, for those it still has there, the last one first.
     former: [Address; 2],
+    /// How it gets there, as [`FlowValue::delivery`].
+    delivery: u8,
 }
 
 /// Whether the client's address is in one of the Service's source ranges.
@@ -327,14 +361,14 @@ fn is_permitted<T: Tables>(tables: &T, request: &Request) -> bool {
 /// Places a later fragment where the first one went. `false` if that has not come by.
 #[inline(never)]
 fn follow_first<F: Family, T: Tables>(tables: &T, request: &Request, placement: &mut Placement) -> bool {
-    let key = fragment::key::<F>(request.destination.external, request.peer, &request.payload);
+    let key = fragment::key::<F>(request.destination.external, request.peer, &request.payload, 0);
     fragment::find(tables, &key, &mut placement.pod)
 }
 
 /// Lets the rest of a fragmented packet follow to `pod`.
 #[inline(never)]
 fn lead_rest<F: Family, T: Tables>(tables: &T, request: &Request, pod: Address) {
-    let key = fragment::key::<F>(request.destination.external, request.peer, &request.payload);
+    let key = fragment::key::<F>(request.destination.external, request.peer, &request.payload, 0);
     fragment::remember(tables, &key, pod);
 }
 
@@ -453,50 +487,100 @@ impl From<InsertError> for Noted {
 
 /// Makes sure that a reply will find its external address. A conversation that the client still has with a former pod
 /// stays there: `placement.pod` then becomes that one.
-#[inline(never)]
+///
+/// In steps, of which each has its keys and values on the kernel's stack for itself.
+#[inline(always)]
 fn note_flow<T: Tables>(tables: &T, request: &Request, placement: &mut Placement) -> Noted {
-    let Request { destination: ExternalKey { external }, peer, transport, now, .. } = request;
-    let nowhere = placement.pod == Address::UNSPECIFIED;
     // Nothing comes back for an answer; of a later fragment the first one has noted the flow.
-    if !matches!(transport.kind, Kind::Ordinary | Kind::Query) {
-        return if nowhere { Noted::NoPod } else { Noted::Yes };
+    if !matches!(request.transport.kind, Kind::Ordinary | Kind::Query) {
+        return if placement.pod == Address::UNSPECIFIED { Noted::NoPod } else { Noted::Yes };
     }
+    match find_flow(tables, request, placement) {
+        Some(entry) => continue_flow(tables, request, placement, &entry),
+        None if placement.pod == Address::UNSPECIFIED => Noted::NoPod,
+        None => begin_flow(tables, request, placement),
+    }
+}
+
+/// Finds the flow of the packet with the client's pod; else one that goes on with a former pod, which then is the pod.
+#[inline(never)]
+fn find_flow<T: Tables>(tables: &T, request: &Request, placement: &mut Placement) -> Option<T::Flow> {
+    let Request { destination: ExternalKey { external }, peer, transport, service, now, .. } = request;
     let mut key = transport.flow_of_request(placement.pod, *peer);
-    let fresh = FlowValue {
-        external: *external,
-        last_seen: *now,
-        service_id: request.service.service_id,
-        delivery: request.delivery,
-        tcp_state: tcp_state_after(transport, 0),
-        padding: 0,
-    };
-    let mut found = if nowhere { None } else { tables.flow(&key) };
-    if found.is_none() && !transport.opens() {
-        for former in placement.former {
-            if former == Address::UNSPECIFIED {
-                break;
-            }
-            key.pod = former;
-            found = conversation_with_former(tables, request, &key);
-            if found.is_some() {
-                break;
-            }
-        }
+    if placement.pod != Address::UNSPECIFIED
+        && let Some(entry) = tables.flow(&key)
+    {
+        return Some(entry);
     }
-    // In one place: each more is as many paths again for the verifier.
-    if let Some(entry) = found {
+    if transport.opens() {
+        return None;
+    }
+    for former in placement.former {
+        if former == Address::UNSPECIFIED {
+            return None;
+        }
+        key.pod = former;
+        let Some(entry) = tables.flow(&key) else { continue };
         let flow = entry.value();
-        let is_over = timeout::flow_is_over(&key, &flow, *now);
-        if key.pod == placement.pod || !is_over {
-            placement.pod = key.pod;
-            return continue_flow(tables, &key, &entry, (&flow, is_over), &fresh, transport);
+        let member = MemberKey { pod: former, service_id: service.service_id, padding: 0 };
+        if flow.external != *external || tables.member(&member).is_none() {
+            continue;
         }
+        if timeout::flow_is_over(&key, &flow, *now) {
+            return None;
+        }
+        placement.pod = former;
+        return Some(entry);
     }
-    key.pod = placement.pod;
-    if nowhere {
-        return Noted::NoPod;
+    None
+}
+
+/// The packet's conversation, or one that had the same ports before it.
+#[inline(never)]
+fn continue_flow<T: Tables>(
+    tables: &T,
+    request: &Request,
+    placement: &mut Placement,
+    entry: &T::Flow,
+) -> Noted {
+    let Request { peer, transport, now, may_be_direct, .. } = request;
+    let key = transport.flow_of_request(placement.pod, *peer);
+    let flow = entry.value();
+    let is_over = timeout::flow_is_over(&key, &flow, *now)
+        || timeout::tcp_is_closed(flow.tcp_state) && transport.opens();
+    let delivery = match flow.delivery {
+        // A conversation keeps its way.
+        delivery if *may_be_direct && !is_over && delivery != DELIVERY_NODE => delivery,
+        _ => delivery_to(tables, request, &placement.pod),
+    };
+    placement.delivery = delivery;
+    // A reply could not tell which of the two external addresses it belongs to.
+    if flow.external != request.destination.external && !is_over {
+        return Noted::Collision;
     }
-    match tables.insert_flow(&key, &fresh) {
+    // The node's own packets do not come in from outside, nor from a pod.
+    if flow.delivery != delivery && delivery != DELIVERY_NODE && is_node(tables, peer) {
+        return Noted::Spoofed;
+    }
+    if !is_over && flow.service_id == request.service.service_id && flow.delivery == delivery {
+        entry.refresh(&flow, *now, tcp_state_after(transport, flow.tcp_state));
+        return Noted::Yes;
+    }
+    // Another conversation; or this one goes on although the address has changed hands.
+    let tcp_state = tcp_state_after(transport, if is_over { 0 } else { flow.tcp_state });
+    match tables.replace_flow(&key, &request.flow(delivery, tcp_state)) {
+        Ok(()) => Noted::Yes,
+        Err(error) => error.into(),
+    }
+}
+
+/// A new conversation.
+#[inline(never)]
+fn begin_flow<T: Tables>(tables: &T, request: &Request, placement: &mut Placement) -> Noted {
+    let Request { destination: ExternalKey { external }, peer, transport, .. } = request;
+    let key = transport.flow_of_request(placement.pod, *peer);
+    placement.delivery = delivery_to(tables, request, &placement.pod);
+    match tables.insert_flow(&key, &request.flow(placement.delivery, tcp_state_after(transport, 0))) {
         Ok(()) => {
             tables.count(Statistic::FlowInserted);
             Noted::Yes
@@ -510,44 +594,21 @@ fn note_flow<T: Tables>(tables: &T, request: &Request, placement: &mut Placement
     }
 }
 
-/// The flow with a former pod of the client, if it is of this external address and the pod still one of the Service's.
-#[inline(always)]
-fn conversation_with_former<T: Tables>(tables: &T, request: &Request, key: &FlowKey) -> Option<T::Flow> {
-    let entry = tables.flow(key)?;
-    let member = MemberKey { pod: key.pod, service_id: request.service.service_id, padding: 0 };
-    let is_this = entry.value().external == request.destination.external;
-    (is_this && tables.member(&member).is_some()).then_some(entry)
-}
-
-#[inline(always)]
-fn continue_flow<T: Tables>(
-    tables: &T,
-    key: &FlowKey,
-    entry: &T::Flow,
-    (flow, is_over): (&FlowValue, bool),
-    fresh: &FlowValue,
-    transport: &Transport,
-) -> Noted {
-    let now = fresh.last_seen;
-    let over = is_over || timeout::tcp_is_closed(flow.tcp_state) && transport.opens();
-    // A reply could not tell which of the two external addresses it belongs to.
-    if flow.external != fresh.external && !over {
-        return Noted::Collision;
+/// How a new conversation with a pod goes. Not directly if the client's address is one that leads to somebody on this node:
+/// at the pod's link, whatever is for it would be a reply to a client outside.
+#[inline(never)]
+fn delivery_to<T: Tables>(tables: &T, request: &Request, pod: &Address) -> u8 {
+    if !request.may_be_direct
+        || request.service.flags & SERVICE_DIRECT == 0
+        || tables.service(&ExternalKey { external: request.peer }).is_some()
+    {
+        return request.delivery;
     }
-    // The node's own packets do not come in from outside, nor from a pod.
-    if flow.delivery != fresh.delivery && fresh.delivery == DELIVERY_STACK && is_node(tables, &key.peer) {
-        return Noted::Spoofed;
+    match tables.pod(&PodKey { pod: *pod }) {
+        Some(PodValue { interface: 1.., flags, .. }) if flags & POD_HAS_PEER != 0 => DELIVERY_PEER,
+        Some(PodValue { interface: 1.., .. }) => DELIVERY_DIRECT,
+        _ => DELIVERY_STACK,
     }
-    if over || flow.service_id != fresh.service_id || flow.delivery != fresh.delivery {
-        // Another conversation; or this one goes on although the address has changed hands.
-        let tcp_state = if over { fresh.tcp_state } else { tcp_state_after(transport, flow.tcp_state) };
-        return match tables.replace_flow(key, &FlowValue { tcp_state, ..*fresh }) {
-            Ok(()) => Noted::Yes,
-            Err(error) => error.into(),
-        };
-    }
-    entry.refresh(flow, now, tcp_state_after(transport, flow.tcp_state));
-    Noted::Yes
 }
 
 #[inline(never)]

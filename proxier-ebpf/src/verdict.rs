@@ -1,6 +1,6 @@
 //! What the core says about a packet. The adapters turn it into the action codes of their hook.
 
-use proxier_common::DropReason;
+use proxier_common::{DELIVERY_DIRECT, DELIVERY_PEER, DropReason};
 
 use crate::packet::WriteError;
 
@@ -17,11 +17,31 @@ pub enum Verdict {
     /// Rewritten for whoever sent it: it goes back through the link that it came by, past the node's stack, which
     /// would take a packet from and to the same address for a mistake.
     Hairpin,
+    /// Rewritten, and to go on past the node's stack if [`forward`](crate::forward()) finds a way; else as
+    /// [`Verdict::Rewritten`].
+    Forward,
+    /// As [`Verdict::Forward`], but into the pod that is at the other end of the interface that is found.
+    ForwardIntoPod,
+    /// Rewritten, and to go on past the node's stack by the path that was found.
+    Direct,
+    /// Rewritten, but too large for the path that was found: the node's stack makes fragments of it, as if it came in by that
+    /// path's interface. By the pod's link it would have an address that does not belong there.
+    FromUplink,
     /// To be dropped and counted.
     Drop(DropReason),
 }
 
 impl Verdict {
+    /// Of a packet to a pod that was rewritten and is delivered so (`DELIVERY_*`).
+    #[inline(always)]
+    pub(crate) const fn to_pod(delivery: u8) -> Self {
+        match delivery {
+            DELIVERY_PEER => Self::ForwardIntoPod,
+            DELIVERY_DIRECT => Self::Forward,
+            _ => Self::Rewritten,
+        }
+    }
+
     /// `if_written` if the packet could be written; else it must go, for a part of it may have been.
     #[inline(always)]
     pub(crate) const fn of_write(written: Result<(), WriteError>, if_written: Self) -> Self {

@@ -143,6 +143,9 @@ proptest! {
         match request(&mut packet, &tables) {
             Verdict::Next | Verdict::Drop(_) => prop_assert_eq!(&packet, &original),
             Verdict::Hairpin | Verdict::ToNode => prop_assert!(false, "only for a pod's packet"),
+            Verdict::Direct | Verdict::IntoPod | Verdict::FromUplink => {
+                prop_assert!(false, "the Service is not delivered so");
+            }
             Verdict::Rewritten => {
                 prop_assert_eq!(packet.bytes.len(), original.bytes.len());
                 let at = if net.icmp == ICMP { 30..34 } else { 38..54 };

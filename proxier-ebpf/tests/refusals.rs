@@ -42,6 +42,28 @@ impl Refusing {
 }
 
 impl Packet for Refusing {
+    const CAN_PASS_STACK: bool = true;
+
+    fn find_way(&mut self, source: &Address, destination: &Address, length: u32) -> proxier_ebpf::Way {
+        self.packet.find_way(source, destination, length)
+    }
+
+    fn segment_size(&self) -> u32 {
+        self.packet.segment_size()
+    }
+
+    fn is_of_link(&self, interface: u32) -> bool {
+        self.packet.is_of_link(interface)
+    }
+
+    fn store_time_to_live(&mut self, offset: u32, value: u8) -> Result<(), WriteError> {
+        self.if_written(|packet| packet.store_time_to_live(offset, value))
+    }
+
+    fn store_hop_limit(&mut self, offset: u32, value: u8) -> Result<(), WriteError> {
+        self.if_written(|packet| packet.store_hop_limit(offset, value))
+    }
+
     fn network_header(&self) -> Option<NetworkHeader> {
         self.packet.network_header()
     }

@@ -31,10 +31,10 @@ use std::net::IpAddr;
 
 use proxier_common::{
     BackendKey, BackendValue, ExternalKey, MemberKey, MemberValue, NameValue, PodKey, PodValue,
-    SERVICE_BALANCE_FLOW, SERVICE_PASS_WITHOUT_BACKEND, ServiceValue,
+    SERVICE_BALANCE_FLOW, SERVICE_DIRECT, SERVICE_PASS_WITHOUT_BACKEND, ServiceValue,
 };
 
-use crate::desired::{Balance, DesiredService, NoBackend};
+use crate::desired::{Balance, Delivery, DesiredService, NoBackend};
 #[cfg(doc)]
 use crate::desired::{Desired, Scope};
 
@@ -116,7 +116,11 @@ const fn flags_of(service: &DesiredService) -> u32 {
         Balance::Client => 0,
         Balance::Flow => SERVICE_BALANCE_FLOW,
     };
-    no_backend | balance
+    let delivery = match service.delivery {
+        Delivery::Stack => 0,
+        Delivery::Direct => SERVICE_DIRECT,
+    };
+    no_backend | balance | delivery
 }
 
 #[cfg(test)]

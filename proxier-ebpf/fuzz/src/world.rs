@@ -271,6 +271,9 @@ impl World {
                 let wire = wire.expect("a packet that is rewritten has an address");
                 self.assert_request_rewritten(before, &after, &wire, from.delivery());
             }
+            Verdict::Direct | Verdict::IntoPod | Verdict::FromUplink => {
+                panic!("{verdict:?} where no Service is delivered so")
+            }
             Verdict::Hairpin => {
                 assert_ne!(from, From::Outside, "only who is on this node gets a packet back");
                 assert_turned_round(
@@ -391,7 +394,9 @@ impl World {
                 }
                 assert_wholly_rewritten(before, &after, &changed);
             }
-            Verdict::Hairpin | Verdict::ToNode => panic!("{verdict:?} of a packet that leaves"),
+            Verdict::Hairpin | Verdict::ToNode | Verdict::Direct | Verdict::IntoPod | Verdict::FromUplink => {
+                panic!("{verdict:?} of a packet that leaves")
+            }
         }
         if let Some(wire) = &wire {
             self.remember_first_fragment(before, &after, wire);

@@ -2,20 +2,20 @@
 
 use core::{
     mem::{self, offset_of},
-    ptr,
+    ptr::{self, NonNull},
 };
 
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_F_NO_PREALLOC, BPF_NOEXIST},
-    btf_maps::{HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, lpm_trie::Key},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, lpm_trie::Key},
     helpers::bpf_ktime_get_ns,
     macros::btf_map,
 };
 use proxier_common::{
     BackendKey, BackendValue, DROP_COUNTERS, DropEvent, EVENT_BYTES, EventBudget, ExternalKey, FlowKey,
-    FlowValue, FragmentKey, FragmentValue, MAX_BACKENDS, MAX_FLOWS, MAX_FRAGMENTS, MAX_SERVICES,
+    FlowValue, FragmentKey, FragmentValue, LINK_WORDS, MAX_BACKENDS, MAX_FLOWS, MAX_FRAGMENTS, MAX_SERVICES,
     MAX_SESSIONS, MAX_SOURCES, MemberKey, MemberValue, NameKey, NameValue, PodKey, PodValue, STATISTICS,
-    ServiceValue, SessionKey, SessionValue, SourceKey, SourceValue, Statistic,
+    ServiceValue, SessionKey, SessionValue, SourceKey, SourceValue, Statistic, link_bit,
 };
 use proxier_ebpf::tables::{FlowEntry, InsertError, SessionEntry, Tables};
 
@@ -33,6 +33,9 @@ static MEMBERS: HashMap<MemberKey, MemberValue, { MAX_BACKENDS as usize }, NO_PR
 
 #[btf_map(name = "pods")]
 static PODS: HashMap<PodKey, PodValue, { MAX_SERVICES as usize }, NO_PREALLOC> = HashMap::new();
+
+#[btf_map(name = "links")]
+static LINKS: Array<u64, { LINK_WORDS as usize }> = Array::new();
 
 #[btf_map(name = "sources")]
 static SOURCES: LpmTrie<SourceKey, SourceValue, { MAX_SOURCES as usize }, NO_PREALLOC> = LpmTrie::new();
@@ -80,6 +83,13 @@ pub(super) fn report(event: &DropEvent) {
     let _ = EVENTS.output(event, 0);
 }
 
+/// Whether pods that are reached past the node's stack may send by the interface.
+#[inline(always)]
+pub(super) fn may_be_direct(interface: u32) -> bool {
+    let (word, bit) = link_bit(interface);
+    LINKS.get(word).is_some_and(|bits| bits & bit != 0)
+}
+
 /// Counts a packet dropped.
 #[inline(always)]
 pub(super) fn count_drop(counter: u32) {
@@ -97,7 +107,10 @@ pub(super) struct KernelTables;
 /// It outlives the program's run (RCU), but other CPUs read and write it at the same time. Volatile accesses by whole
 /// words are what READ_ONCE and WRITE_ONCE are in the kernel: never torn, never repeated. The fields are read together,
 /// so that the compiler copies words, not bytes.
-pub(super) struct Entry<V>(*mut V);
+///
+/// Never null, so that one that may be there is a pointer, too, and can be returned from a function of its own: the kernel
+/// refuses pointers that are written to a caller's stack.
+pub(super) struct Entry<V>(NonNull<V>);
 
 /// A flow in the map.
 pub(super) type KernelFlow = Entry<FlowValue>;
@@ -110,13 +123,13 @@ impl<V> Entry<V> {
     fn words<const WORDS: usize>(&self) -> [u64; WORDS] {
         const { assert!(size_of::<V>() == WORDS * 8 && align_of::<V>() == 8) };
         // SAFETY: a look-up in this run returned the pointer to a `V`, which has this size and alignment.
-        unsafe { ptr::read_volatile(self.0.cast()) }
+        unsafe { ptr::read_volatile(self.0.as_ptr().cast()) }
     }
 
     /// Writes the field of type `T` at `offset` of `V`.
     #[inline(always)]
     fn write<T>(&self, offset: usize, value: T) {
-        let field = self.0.wrapping_byte_add(offset).cast::<T>();
+        let field = self.0.as_ptr().wrapping_byte_add(offset).cast::<T>();
         // SAFETY: as in `words`; callers take the offset of a field of this type from `offset_of!`.
         unsafe { ptr::write_volatile(field, value) };
     }
@@ -209,7 +222,7 @@ impl Tables for KernelTables {
 
     #[inline(always)]
     fn session(&self, key: &SessionKey) -> Option<KernelSession> {
-        SESSIONS.get_ptr_mut(key).map(Entry)
+        SESSIONS.get_ptr_mut(key).and_then(NonNull::new).map(Entry)
     }
 
     #[inline(always)]
@@ -220,7 +233,7 @@ impl Tables for KernelTables {
 
     #[inline(always)]
     fn flow(&self, key: &FlowKey) -> Option<KernelFlow> {
-        FLOWS.get_ptr_mut(key).map(Entry)
+        FLOWS.get_ptr_mut(key).and_then(NonNull::new).map(Entry)
     }
 
     #[inline(always)]

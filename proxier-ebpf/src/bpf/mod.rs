@@ -14,11 +14,11 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use proxier_common::{DELIVERY_NODE, DELIVERY_STACK, DropReason, Hook};
-use proxier_ebpf::{Origin, Verdict};
+use proxier_ebpf::{Origin, Verdict, Way, packet::WriteError};
 
 use self::{
     maps::KernelTables,
-    redirect::Side,
+    redirect::{Path, Side},
     skb::{ETHERNET_HEADER, NO_LINK_HEADER, Skb},
 };
 
@@ -49,29 +49,65 @@ pub(crate) fn proxier_rep_l3(context: TcContext) -> i32 {
 /// Requests of a pod on this node, at the ingress of the pod's host-side link. Replies to the node itself.
 #[classifier]
 pub(crate) fn proxier_pod_in(context: TcContext) -> i32 {
-    from_pod(&context, redirect::comes_from_its_source)
+    from_pod(Skb::new(&context), redirect::comes_from_its_source)
 }
 
 /// The same where that link is a port of a bridge. There, a pod that has another's address is the bridge's affair.
 #[classifier]
 pub(crate) fn proxier_port_in(context: TcContext) -> i32 {
-    from_pod(&context, |_| true)
+    from_pod(Skb::of_port(&context), |_| true)
 }
 
 /// `is_genuine` tells whether the packet's source is whom the link leads to. What is not must not get past the filters of
 /// the link, and stays there.
 #[inline(always)]
-fn from_pod(context: &TcContext, is_genuine: fn(&TcContext) -> bool) -> i32 {
+fn from_pod(mut packet: Skb<'_, ETHERNET_HEADER>, is_genuine: fn(&TcContext) -> bool) -> i32 {
     const HOOK: Hook = Hook::PodIngress;
-    let mut packet = Skb::<ETHERNET_HEADER>::new(context);
-    match proxier_ebpf::request(&mut packet, &KernelTables, Origin::Pod) {
-        Verdict::ToNode => {
-            let is_genuine = is_genuine(context);
-            let verdict = proxier_ebpf::reply(&mut packet, &KernelTables, DELIVERY_NODE);
-            let onward = if is_genuine { redirect::to_node } else { through_stack };
-            action::<ETHERNET_HEADER>(context, verdict, HOOK, onward)
+    let context = packet.context();
+    // Before anything else: there is more of it than of what pods ask for themselves.
+    if maps::may_be_direct(packet.interface()) {
+        let action = answer_directly(context, packet.is_port());
+        if action != Ok(TC_ACT_UNSPEC) {
+            return code::<ETHERNET_HEADER>(context, action, HOOK);
         }
-        verdict => action::<ETHERNET_HEADER>(context, verdict, HOOK, through_stack),
+    }
+    let verdict = match proxier_ebpf::request(&mut packet, &KernelTables, Origin::Pod) {
+        Verdict::ToNode => proxier_ebpf::reply(&mut packet, &KernelTables, DELIVERY_NODE),
+        verdict => return action::<ETHERNET_HEADER>(context, verdict, HOOK, through_stack),
+    };
+    let onward = if is_genuine(context) { redirect::to_node } else { through_stack };
+    action::<ETHERNET_HEADER>(context, verdict, HOOK, onward)
+}
+
+/// Sends a pod's reply past the stack. `TC_ACT_UNSPEC` if it is none, or not one that can go so.
+#[inline(never)]
+fn answer_directly(context: &TcContext, is_port: bool) -> Result<i32, DropReason> {
+    let mut packet = if is_port { Skb::of_port(context) } else { Skb::<ETHERNET_HEADER>::new(context) };
+    let mut path = Path::NONE;
+    match proxier_ebpf::reply_directly(&mut packet, &KernelTables, &mut path) {
+        Verdict::Direct => {
+            packet.set_sent();
+            Ok(redirect::out_by(&path))
+        }
+        Verdict::FromUplink => {
+            packet.set_sent();
+            redirect::in_by(context, &path)
+        }
+        Verdict::Forward => forward::<ETHERNET_HEADER>(context, false),
+        Verdict::Drop(reason) => Err(reason),
+        _ => Ok(TC_ACT_UNSPEC),
+    }
+}
+
+/// Sends a packet that was rewritten past the stack, if it can go so.
+#[inline(never)]
+fn forward<const LINK_HEADER: u32>(context: &TcContext, into_pod: bool) -> Result<i32, DropReason> {
+    let mut path = Path::NONE;
+    match proxier_ebpf::forward(&mut Skb::<LINK_HEADER>::new(context), &mut path) {
+        Ok(Way::Open) if into_pod => redirect::into_peer(context, &path),
+        Ok(Way::Open) => Ok(redirect::out_by(&path)),
+        Ok(Way::TooNarrow | Way::None) => Ok(TC_ACT_UNSPEC),
+        Err(WriteError) => Err(DropReason::RewriteFailed),
     }
 }
 
@@ -89,15 +125,22 @@ pub(crate) fn proxier_pod_out(context: TcContext) -> i32 {
 
 #[inline(always)]
 fn from_outside<const LINK_HEADER: u32>(context: &TcContext) -> i32 {
-    let verdict =
-        proxier_ebpf::request(&mut Skb::<LINK_HEADER>::new(context), &KernelTables, Origin::Outside);
-    action::<LINK_HEADER>(context, verdict, Hook::UplinkIngress, through_stack)
+    let mut packet = Skb::<LINK_HEADER>::new(context);
+    let onward = match proxier_ebpf::request(&mut packet, &KernelTables, Origin::Outside) {
+        Verdict::Forward => forward::<LINK_HEADER>(context, false),
+        Verdict::ForwardIntoPod => forward::<LINK_HEADER>(context, true),
+        verdict => return action::<LINK_HEADER>(context, verdict, Hook::UplinkIngress, through_stack),
+    };
+    code::<LINK_HEADER>(context, onward, Hook::UplinkIngress)
 }
 
 #[inline(always)]
 fn to_outside<const LINK_HEADER: u32>(context: &TcContext) -> i32 {
     const HOOK: Hook = Hook::UplinkEgress;
     let mut packet = Skb::<LINK_HEADER>::new(context);
+    if packet.take_sent() {
+        return TC_ACT_UNSPEC;
+    }
     if node_clients() && packet.is_made_here() {
         let verdict = proxier_ebpf::request(&mut packet, &KernelTables, Origin::Node);
         if verdict != Verdict::Next {
@@ -158,8 +201,18 @@ fn action<const LINK_HEADER: u32>(
             redirect::back::<LINK_HEADER>(context, Side::In)
         }
         Verdict::Hairpin => redirect::back::<LINK_HEADER>(context, Side::Out),
+        // Only said where packets can pass the stack by.
+        Verdict::Forward | Verdict::ForwardIntoPod | Verdict::Direct | Verdict::FromUplink => {
+            Err(DropReason::NoRoute)
+        }
         Verdict::Drop(reason) => Err(reason),
     };
+    code::<LINK_HEADER>(context, action, hook)
+}
+
+/// The action's code, after telling of a packet dropped.
+#[inline(always)]
+fn code<const LINK_HEADER: u32>(context: &TcContext, action: Result<i32, DropReason>, hook: Hook) -> i32 {
     match action {
         Ok(action) => action,
         Err(reason) => {

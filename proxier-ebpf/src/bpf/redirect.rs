@@ -3,12 +3,15 @@
 use core::{mem, ptr};
 
 use aya_ebpf::{
-    bindings::{BPF_F_INGRESS, TC_ACT_SHOT, TC_ACT_UNSPEC},
-    helpers::{bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh, bpf_skb_change_head, bpf_skb_vlan_pop},
+    bindings::{BPF_F_INGRESS, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_redir_neigh},
+    helpers::{
+        bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_change_head,
+        bpf_skb_vlan_pop,
+    },
     programs::TcContext,
 };
 use proxier_common::{Address, DropReason, PodKey};
-use proxier_ebpf::{Family, NetworkHeader, Packet, Tables, V4, V6, family::V6_HEADER_LENGTH};
+use proxier_ebpf::{Family, NetworkHeader, Packet, Tables, V4, V6, Way, family::V6_HEADER_LENGTH};
 
 use super::{
     maps::KernelTables,
@@ -18,7 +21,7 @@ use super::{
 /// The two addresses at the start of an Ethernet header.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct MacAddresses {
+pub(super) struct MacAddresses {
     destination: [u8; 6],
     source: [u8; 6],
 }
@@ -128,6 +131,130 @@ pub(super) fn to_node(context: &TcContext) -> Result<i32, DropReason> {
     Ok(redirect(route.lookup.interface, Side::In))
 }
 
+/// Who speaks to whom.
+pub(super) struct Ends<'a> {
+    pub(super) source: &'a Address,
+    pub(super) destination: &'a Address,
+}
+
+/// Where a packet goes past the node's stack.
+#[repr(C)]
+pub(super) struct Path {
+    interface: u32,
+    /// The kernel's `struct bpf_redir_neigh`: the next hop's address family, and its address.
+    next_hop: [u32; 5],
+    /// Those that it leaves with; all zero while the next hop's is not known.
+    addresses: MacAddresses,
+}
+
+const _: () = assert!(size_of::<bpf_redir_neigh>() == size_of::<[u32; 5]>());
+
+impl Path {
+    pub(super) const NONE: Self = Self {
+        interface: 0,
+        next_hop: [0; 5],
+        addresses: MacAddresses { destination: [0; 6], source: [0; 6] },
+    };
+}
+
+/// Asks the routing for the way of a packet that came in by the interface that it is seen at, and that will be of this length
+/// and from and to these addresses. Also finds the path of one that is too large.
+#[inline(never)]
+pub(super) fn find_way(context: &TcContext, ends: &Ends<'_>, length: u32, path: &mut Path) -> Way {
+    let packet = Skb::<ETHERNET_HEADER>::new(context);
+    // SAFETY: a valid context.
+    if unsafe { (*context.skb.skb).vlan_present } != 0 {
+        // To a VLAN's own interface, which the routing was not asked about.
+        return Way::None;
+    }
+    // SAFETY: integers, for which all zeros are values.
+    let mut lookup: FibLookup = unsafe { mem::zeroed() };
+    match packet.network_header() {
+        Some(NetworkHeader::V4(_)) => {
+            lookup.family = Route::AF_INET;
+            lookup.source[0] = u32::from_ne_bytes(ends.source.v4_octets());
+            lookup.destination[0] = u32::from_ne_bytes(ends.destination.v4_octets());
+        }
+        Some(NetworkHeader::V6(_)) => {
+            lookup.family = Route::AF_INET6;
+            lookup.source = words(*ends.source);
+            lookup.destination = words(*ends.destination);
+        }
+        None => return Way::None,
+    }
+    lookup.total_length = if length > 0xffff { 0xffff } else { (length & 0xffff) as u16 };
+    lookup.interface = packet.interface();
+    let mut way = Way::Open;
+    let mut result = look_up(context, &mut lookup);
+    if result == Route::TOO_BIG {
+        way = Way::TooNarrow;
+        lookup.total_length = 1;
+        result = look_up(context, &mut lookup);
+    }
+    if lookup.interface == packet.interface() {
+        // Nowhere, or back; or a next hop that Linux before 5.12 does not know and does not name the interface of.
+        return Way::None;
+    }
+    path.interface = lookup.interface;
+    // The look-up has put the next hop's there: over IPv6 for IPv4, if the route says so.
+    let [first, second, third, fourth] = lookup.destination;
+    path.next_hop = [lookup.family.into(), first, second, third, fourth];
+    match result {
+        Route::FOUND => {
+            path.addresses = MacAddresses { destination: lookup.destination_mac, source: lookup.source_mac };
+            way
+        }
+        Route::NO_NEIGHBOUR => way,
+        _ => Way::None,
+    }
+}
+
+#[inline(always)]
+fn look_up(context: &TcContext, lookup: &mut FibLookup) -> i64 {
+    // SAFETY: a valid context, and a structure of the kernel's layout and of the size that is told.
+    unsafe { bpf_fib_lookup(context.skb.skb.cast(), ptr::from_mut(lookup).cast(), FIB_LOOKUP, 0) }
+}
+
+/// Sends a packet along a path that was found: out by the interface.
+#[inline(always)]
+pub(super) fn out_by(path: &Path) -> i32 {
+    // With the next hop known, the kernel need not ask the routing again.
+    let next_hop = (&raw const path.next_hop).cast_mut().cast();
+    // SAFETY: the kernel's structure and its size; it only reads it.
+    action_of(unsafe { bpf_redirect_neigh(path.interface, next_hop, NEXT_HOP, 0) })
+}
+
+/// Size of what `bpf_redirect_neigh` is told.
+const NEXT_HOP: i32 = 20;
+
+/// Sends a packet along a path that was found: into the other end of the interface.
+///
+/// To the pod's own stack the MAC addresses do not matter any more, as the packet is for this host since the uplink; to a bridge
+/// in the pod, which has a virtual machine behind it, they do.
+#[inline(always)]
+pub(super) fn into_peer(context: &TcContext, path: &Path) -> Result<i32, DropReason> {
+    if path.addresses.destination == [0; 6] {
+        // The kernel asks for the pod's address, and sends it by the link.
+        return Ok(out_by(path));
+    }
+    context.store(0, &path.addresses, 0).map_err(|_| DropReason::RewriteFailed)?;
+    // SAFETY: takes numbers only.
+    Ok(action_of(unsafe { bpf_redirect_peer(path.interface, 0) }))
+}
+
+/// Gives a packet to the node's stack as if it had come in by the interface that it would have left by.
+#[inline(always)]
+pub(super) fn in_by(context: &TcContext, path: &Path) -> Result<i32, DropReason> {
+    let MacAddresses { destination, source } = path.addresses;
+    if source == [0; 6] {
+        return Err(DropReason::NoRoute);
+    }
+    context
+        .store(0, &MacAddresses { destination: source, source: destination }, 0)
+        .map_err(|_| DropReason::RewriteFailed)?;
+    Ok(redirect(path.interface, Side::In))
+}
+
 #[inline(always)]
 fn redirect(interface: u32, side: Side) -> i32 {
     let flags = match side {
@@ -183,6 +310,8 @@ struct Route {
 }
 
 impl Route {
+    const AF_INET: u8 = 2;
+    const AF_INET6: u8 = 10;
     /// `BPF_FIB_LKUP_RET_SUCCESS`.
     const FOUND: i64 = 0;
     /// `BPF_FIB_LKUP_RET_NO_NEIGH`: there is a route, and nobody has spoken to the next hop yet.
@@ -195,25 +324,23 @@ impl Route {
         packet: &Skb<'_, LINK_HEADER>,
         direction: Direction,
     ) -> Option<Self> {
-        const AF_INET: u8 = 2;
-        const AF_INET6: u8 = 10;
         // SAFETY: integers, for which all zeros are values.
         let mut lookup: FibLookup = unsafe { mem::zeroed() };
         match packet.network_header()? {
             NetworkHeader::V4(offset) => {
-                lookup.family = AF_INET;
+                lookup.family = Self::AF_INET;
                 lookup.source[0] = u32::from_ne_bytes(packet.load(offset + V4::SOURCE)?);
                 lookup.destination[0] = u32::from_ne_bytes(packet.load(offset + V4::DESTINATION)?);
             }
             NetworkHeader::V6(offset) => {
-                lookup.family = AF_INET6;
+                lookup.family = Self::AF_INET6;
                 lookup.source = words(packet.load(offset + V6::SOURCE)?);
                 lookup.destination = words(packet.load(offset + V6::DESTINATION)?);
             }
         }
         match direction {
             // Of a large one that is segmented later, the pieces have to, and the kernel sees to that.
-            Direction::Forward if packet.is_segmented_later() => {}
+            Direction::Forward if packet.segment_size() != 0 => {}
             Direction::Forward => lookup.total_length = length_of(packet)?,
             Direction::Reverse => {
                 mem::swap(&mut lookup.source, &mut lookup.destination);

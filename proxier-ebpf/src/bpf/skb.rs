@@ -8,9 +8,11 @@ use aya_ebpf::{
 };
 use proxier_common::Address;
 use proxier_ebpf::{
-    packet::{NetworkHeader, Packet, Plain, WriteError},
+    packet::{NetworkHeader, Packet, Plain, Way, WriteError},
     verifier,
 };
+
+use super::redirect::{self, Ends, Path};
 
 /// Length of an Ethernet header, in bytes.
 pub(super) const ETHERNET_HEADER: u32 = 14;
@@ -31,16 +33,26 @@ const NEAR: u32 = 4000;
 /// that bridges and neighbour queues leave alone, other than the control buffer (`cb`). Its readers in the kernel, the
 /// DiffServ disciplines, went with Linux 6.3.
 const REWRITTEN: u32 = 0x7078;
+/// Says so of a reply that goes past the stack, in the same field, from the pod's link to the uplink.
+const SENT: u32 = 0x7079;
 
 /// An skb whose data starts with a link-layer header of `LINK_HEADER` bytes.
 pub(super) struct Skb<'a, const LINK_HEADER: u32> {
     context: &'a TcContext,
+    /// What it has come by is one of a bridge's.
+    is_port: bool,
 }
 
 impl<'a, const LINK_HEADER: u32> Skb<'a, LINK_HEADER> {
     #[inline(always)]
     pub(super) const fn new(context: &'a TcContext) -> Self {
-        Self { context }
+        Self { context, is_port: false }
+    }
+
+    /// One that has come by a port of a bridge.
+    #[inline(always)]
+    pub(super) const fn of_port(context: &'a TcContext) -> Self {
+        Self { context, is_port: true }
     }
 
     /// Whether the node has made the packet itself: it has come in by no interface.
@@ -50,16 +62,34 @@ impl<'a, const LINK_HEADER: u32> Skb<'a, LINK_HEADER> {
         unsafe { (*self.context.skb.skb).ingress_ifindex == 0 }
     }
 
-    /// Whether it is larger than what will be sent (GSO).
+    /// Whether it has come by a port of a bridge.
     #[inline(always)]
-    pub(super) fn is_segmented_later(&self) -> bool {
-        // SAFETY: as in `is_made_here`.
-        unsafe { (*self.context.skb.skb).gso_size != 0 }
+    pub(super) const fn is_port(&self) -> bool {
+        self.is_port
+    }
+
+    /// Says to the uplink's egress that it is done with.
+    #[inline(always)]
+    pub(super) fn set_sent(&self) {
+        // SAFETY: as in `set_rewritten`.
+        unsafe { (*self.context.skb.skb).tc_index = SENT };
+    }
+
+    /// Whether [`Skb::set_sent`] was called; not any more from now on, as the packet may see other nodes on this machine.
+    #[inline(always)]
+    pub(super) fn take_sent(&self) -> bool {
+        // SAFETY: as in `set_rewritten`.
+        let is_sent = unsafe { (*self.context.skb.skb).tc_index == SENT };
+        if is_sent {
+            // SAFETY: as in `set_rewritten`.
+            unsafe { (*self.context.skb.skb).tc_index = 0 };
+        }
+        is_sent
     }
 
     /// As the kernel handed it over.
     #[inline(always)]
-    pub(super) const fn context(&self) -> &TcContext {
+    pub(super) const fn context(&self) -> &'a TcContext {
         self.context
     }
 
@@ -72,6 +102,30 @@ impl<'a, const LINK_HEADER: u32> Skb<'a, LINK_HEADER> {
 }
 
 impl<const LINK_HEADER: u32> Packet for Skb<'_, LINK_HEADER> {
+    // Without an Ethernet header there is nothing that could go into a pod.
+    const CAN_PASS_STACK: bool = LINK_HEADER != NO_LINK_HEADER;
+
+    type Path = Path;
+
+    #[inline(always)]
+    fn find_way(&self, source: &Address, destination: &Address, length: u32, path: &mut Path) -> Way {
+        if LINK_HEADER == NO_LINK_HEADER {
+            return Way::None;
+        }
+        redirect::find_way(self.context, &Ends { source, destination }, length, path)
+    }
+
+    #[inline(always)]
+    fn segment_size(&self) -> u32 {
+        // SAFETY: as in `is_made_here`.
+        unsafe { (*self.context.skb.skb).gso_size }
+    }
+
+    #[inline(always)]
+    fn is_of_link(&self, interface: u32) -> bool {
+        self.is_port || self.interface() == interface
+    }
+
     #[inline(always)]
     fn network_header(&self) -> Option<NetworkHeader> {
         // SAFETY: the kernel hands over a valid context, and `protocol` is readable at this hook.
@@ -165,6 +219,17 @@ impl<const LINK_HEADER: u32> Packet for Skb<'_, LINK_HEADER> {
     #[inline(always)]
     fn store_v4_address(&mut self, offset: u32, address: Address) -> Result<(), WriteError> {
         self.context.store(offset as usize, &address.v4_octets(), 0).map_err(|_| WriteError)
+    }
+
+    #[inline(always)]
+    fn store_time_to_live(&mut self, offset: u32, value: u8) -> Result<(), WriteError> {
+        self.context.store(offset as usize, &value, 0).map_err(|_| WriteError)
+    }
+
+    #[inline(always)]
+    fn store_hop_limit(&mut self, offset: u32, value: u8) -> Result<(), WriteError> {
+        // Nothing makes up for it: RECOMPUTE_CSUM corrects a CHECKSUM_COMPLETE.
+        self.context.store(offset as usize, &value, u64::from(BPF_F_RECOMPUTE_CSUM)).map_err(|_| WriteError)
     }
 
     #[inline(always)]

@@ -110,7 +110,7 @@ pub fn set_pods(tables: &HostTables, externals: &[IpAddr], pods: &[IpAddr], gene
         _ => Address::UNSPECIFIED,
     };
     let known =
-        pods.iter().map(|pod| (PodKey { pod: (*pod).into() }, PodValue { external, flags: 0, padding: 0 }));
+        pods.iter().map(|pod| (PodKey { pod: (*pod).into() }, PodValue { external, flags: 0, interface: 0 }));
     *tables.pods.borrow_mut() = known.collect();
 }
 
@@ -499,7 +499,7 @@ pub fn drain(tables: &HostTables, pod: IpAddr) {
         MemberValue { since_generation: 1, flags: MEMBER_DRAINING },
     );
     let mut pods = tables.pods.borrow_mut();
-    let alone = PodValue { external: Address::UNSPECIFIED, flags: 0, padding: 0 };
+    let alone = PodValue { external: Address::UNSPECIFIED, flags: 0, interface: 0 };
     let others = pods.values().next().copied().unwrap_or(alone);
     pods.insert(PodKey { pod: pod.into() }, others);
 }

@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use super::sources::Found;
 use crate::{
     app::{self, Machine, Shutdown, Tellers, Until},
-    desired::{ExternalCidr, NoBackend, Settings},
+    desired::{Delivery, ExternalCidr, NoBackend, Settings},
     model::NodeName,
     observe::{
         Observed,
@@ -70,6 +70,9 @@ pub(super) struct ToBpfArgs {
     /// What to do with packets for a Service that has no pod on this node
     #[arg(long, env = "PROXIER_NO_BACKEND", value_enum, default_value_t)]
     pub(super) no_backend: NoBackend,
+    /// How packets reach the pods of Services without the annotation proxier.io/delivery; `direct` passes the node's firewall by
+    #[arg(long, env = "PROXIER_DELIVERY", value_enum, default_value_t)]
+    pub(super) delivery: Delivery,
     #[command(flatten)]
     pub(super) externals: ExternalArgs,
     #[command(flatten)]
@@ -290,14 +293,19 @@ async fn to_bpf(arguments: ToBpfArgs, beginning: Beginning) -> anyhow::Result<()
         attach,
         no_local_clients,
         no_backend,
+        delivery,
         externals,
         listen,
         serve_api,
         tls,
         carried,
     } = arguments;
-    let settings =
-        Settings { no_backend, node_clients: !no_local_clients, ..externals.settings(node.clone()) };
+    let settings = Settings {
+        no_backend,
+        delivery,
+        node_clients: !no_local_clients,
+        ..externals.settings(node.clone())
+    };
     let kernel = PinnedMaps { pin_path: pin_path.clone() };
     let options = bpf::Options { uplinks, pin_path, attach, local_clients: !no_local_clients };
     let observed = Observed::new(&node, kind, Some(Box::new(kernel)));

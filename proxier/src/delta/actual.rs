@@ -12,7 +12,8 @@ use std::{
 
 use proxier_common::{
     Address, BackendKey, BackendValue, ExternalKey, MEMBER_DRAINING, MemberKey, MemberValue, NameValue,
-    PodKey, PodValue, SERVICE_BALANCE_FLOW, SERVICE_IS_NODE, SERVICE_PASS_WITHOUT_BACKEND, ServiceValue,
+    PodKey, PodValue, SERVICE_BALANCE_FLOW, SERVICE_DIRECT, SERVICE_IS_NODE, SERVICE_PASS_WITHOUT_BACKEND,
+    ServiceValue,
 };
 
 use super::{
@@ -20,7 +21,7 @@ use super::{
     leftovers::Leftovers,
     sources::{self, SourceRange},
 };
-use crate::desired::{Balance, Desired, DesiredService, NoBackend, ServiceKey};
+use crate::desired::{Balance, Delivery, Desired, DesiredService, NoBackend, ServiceKey};
 
 /// The tables that only user space writes, as they are. Equal if the tables are.
 #[derive(Clone, Debug, Default)]
@@ -262,6 +263,11 @@ impl Actual {
                         Balance::Client
                     } else {
                         Balance::Flow
+                    },
+                    delivery: if value.flags & SERVICE_DIRECT == 0 {
+                        Delivery::Stack
+                    } else {
+                        Delivery::Direct
                     },
                     sources: sources::in_force(value, self),
                 })

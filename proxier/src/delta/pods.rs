@@ -1,11 +1,11 @@
 //! Which external addresses lead to a pod: what the map `pods` says. Pure.
 
-use proxier_common::{Address, PodValue, SERVICE_BALANCE_FLOW};
+use proxier_common::{Address, PodValue, SERVICE_BALANCE_FLOW, SERVICE_DIRECT};
 
 use super::Actual;
 
 /// Bits of `SERVICE_*` that a pod has from the external address that leads to it.
-const FLAGS: u32 = SERVICE_BALANCE_FLOW;
+const FLAGS: u32 = SERVICE_BALANCE_FLOW | SERVICE_DIRECT;
 
 /// The external addresses that lead to a pod.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -36,7 +36,7 @@ impl Leads {
         if value.external == Address::UNSPECIFIED {
             Self::Several
         } else {
-            Self::One(value.external, value.flags)
+            Self::One(value.external, value.flags & FLAGS)
         }
     }
 
@@ -73,8 +73,8 @@ impl Leads {
     /// What `pods` says.
     pub(super) const fn value(self) -> PodValue {
         match self {
-            Self::One(external, flags) => PodValue { external, flags, padding: 0 },
-            Self::None | Self::Several => PodValue { external: Address::UNSPECIFIED, flags: 0, padding: 0 },
+            Self::One(external, flags) => PodValue { external, flags, interface: 0 },
+            Self::None | Self::Several => PodValue { external: Address::UNSPECIFIED, flags: 0, interface: 0 },
         }
     }
 }

@@ -29,6 +29,7 @@ fn service(externals: &[&str], pods: &[&str]) -> DesiredService {
         affinity_timeout: 10_800,
         no_backend: NoBackend::Drop,
         balance: Balance::Client,
+        delivery: Delivery::Stack,
         sources: None,
     }
 }
@@ -521,6 +522,7 @@ fn any_desired_with_pods_in(nets: std::ops::Range<u8>) -> impl Strategy<Value = 
                     affinity_timeout: timeout,
                     no_backend: NoBackend::Drop,
                     balance: if flow { Balance::Flow } else { Balance::Client },
+                    delivery: Delivery::Stack,
                     sources: sources.map(|nets| {
                         nets.into_iter().map(|n| format!("192.0.{n}.0/24").parse().unwrap()).collect()
                     }),

@@ -71,6 +71,27 @@ impl Balance {
     }
 }
 
+/// How packets reach pods.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Delivery {
+    /// Through the node's stack: its firewall, and network policies that it enforces, see client and pod
+    #[default]
+    Stack,
+    /// Past it, where the pod can be reached so
+    Direct,
+}
+
+impl Delivery {
+    /// The name that the annotation, the flag and commands have for it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Stack => "stack",
+            Self::Direct => "direct",
+        }
+    }
+}
+
 /// What the kernel should do for one [`ServiceKey`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DesiredService {
@@ -87,6 +108,8 @@ pub struct DesiredService {
     pub no_backend: NoBackend,
     /// What stays on one pod.
     pub balance: Balance,
+    /// How new conversations reach the pods.
+    pub delivery: Delivery,
     /// Who may send; `None` for everybody. All of the key's family: empty for nobody of it.
     pub sources: Option<BTreeSet<IpNet>>,
 }
@@ -152,6 +175,8 @@ pub struct Settings {
     pub every_node: bool,
     /// What happens to packets for a Service without pods here.
     pub no_backend: NoBackend,
+    /// How packets reach the pods of Services that do not say.
+    pub delivery: Delivery,
     /// Addresses that this node's interfaces have now, whether or not a Node object says so.
     pub local_addresses: LocalAddresses,
     /// Whether the node's own processes are clients, as everybody else.
@@ -178,6 +203,7 @@ impl Settings {
             node,
             every_node: false,
             no_backend: NoBackend::Drop,
+            delivery: Delivery::Stack,
             local_addresses: LocalAddresses { identities: BTreeSet::new(), attracting: BTreeSet::new() },
             node_clients: false,
             api_server_addresses: BTreeSet::new(),

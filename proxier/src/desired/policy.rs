@@ -4,11 +4,14 @@ use std::collections::BTreeSet;
 
 use ipnet::IpNet;
 
-use super::{Balance, complaints::warning};
+use super::{Balance, Delivery, complaints::warning};
 use crate::model::{Family, Problem, ProblemKind, Service, SessionAffinity};
 
 /// An annotation of a Service: what stays on one pod.
 const BALANCE_ANNOTATION: &str = "proxier.io/balance";
+
+/// An annotation of a Service: how packets reach its pods.
+const DELIVERY_ANNOTATION: &str = "proxier.io/delivery";
 
 /// Who may send to a Service's addresses of `family`; `None` for everybody.
 ///
@@ -43,6 +46,25 @@ const fn everybody(family: Family) -> &'static str {
         Family::V4 => "0.0.0.0/0",
         Family::V6 => "::/0",
     }
+}
+
+/// How packets reach the pods: as the Service says, else as the command line does.
+pub(super) fn delivery(service: &Service, otherwise: Delivery, problems: &mut Vec<Problem>) -> Delivery {
+    let Some(value) = service.annotations.get(DELIVERY_ANNOTATION) else {
+        return otherwise;
+    };
+    match value {
+        "stack" => return Delivery::Stack,
+        "direct" => return Delivery::Direct,
+        _ => {}
+    }
+    let reason =
+        format!("is not a way to deliver: it is {} as for every Service that does not say", otherwise.name());
+    problems.push(
+        warning(service, ProblemKind::Invalid, reason, "write stack or direct")
+            .in_field(format!("metadata.annotations[{DELIVERY_ANNOTATION}]"), value),
+    );
+    otherwise
 }
 
 /// What stays on one pod.

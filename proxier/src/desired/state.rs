@@ -317,6 +317,7 @@ impl State {
 
         problems.extend(complaints::without_endpoints(&self.catalog, service, &self.settings));
         let balance = policy::balance(service, problems);
+        let delivery = policy::delivery(service, self.settings.delivery, problems);
         for (family, entry) in Family::ALL.into_iter().zip(&mut assessed.services) {
             let externals: BTreeSet<_> =
                 owned.iter().copied().filter(|address| Family::of(*address) == family).collect();
@@ -335,6 +336,7 @@ impl State {
                 affinity_timeout: service.affinity_timeout(),
                 no_backend: self.settings.no_backend,
                 balance,
+                delivery,
                 sources: policy::sources(service, family, problems),
             });
         }

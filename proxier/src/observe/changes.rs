@@ -147,7 +147,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        desired::Balance,
+        desired::{Balance, Delivery},
         model::{Family, testing::mk_name},
     };
 
@@ -164,6 +164,7 @@ mod tests {
                         affinity_timeout: 1,
                         no_backend: NoBackend::Drop,
                         balance: Balance::Client,
+                        delivery: Delivery::Stack,
                         sources: None,
                     };
                     (key, Arc::new(service))

@@ -223,7 +223,7 @@ fn tables(pod: Ipv4Addr) -> HostTables {
         MemberKey { pod, service_id, padding: 0 },
         MemberValue { since_generation: generation, flags: 0 },
     );
-    tables.pods.borrow_mut().insert(PodKey { pod }, PodValue { external, flags: 0, padding: 0 });
+    tables.pods.borrow_mut().insert(PodKey { pod }, PodValue { external, flags: 0, interface: 0 });
     tables
 }
 

@@ -1,0 +1,67 @@
+//! Past the node's stack: what a router does that is not passed any more, and whether a packet can do without
+//! (docs/decisions/017).
+
+use proxier_common::protocol;
+
+use crate::{
+    V4, V6,
+    family::{Family, Payload},
+    packet::{NetworkHeader, Packet, Way, WriteError},
+};
+
+/// Finds the way of a packet that has been rewritten ([`Verdict::Forward`](crate::Verdict::Forward)), and takes one off its hop
+/// limit if it can go. Anything but [`Way::Open`] leaves it to the node's stack as it is.
+///
+/// Apart from the rewriting, so that what each of them has on the kernel's stack does not lie there together.
+///
+/// # Errors
+///
+/// The kernel would not write.
+#[inline(always)]
+pub fn forward<P: Packet>(packet: &mut P, path: &mut P::Path) -> Result<Way, WriteError> {
+    match packet.network_header() {
+        Some(NetworkHeader::V4(offset)) => of_family::<V4, P>(packet, offset, path),
+        Some(NetworkHeader::V6(offset)) => of_family::<V6, P>(packet, offset, path),
+        None => Ok(Way::None),
+    }
+}
+
+#[inline(always)]
+fn of_family<F: Family, P: Packet>(
+    packet: &mut P,
+    offset: u32,
+    path: &mut P::Path,
+) -> Result<Way, WriteError> {
+    let Some(header) = F::header(packet, offset) else {
+        return Ok(Way::None);
+    };
+    let hop_limit = F::hop_limit(&header);
+    let mut payload = Payload::within(packet.length(), false);
+    if hop_limit <= 1 || !F::payload(packet, offset, &header, &mut payload) {
+        return Ok(Way::None);
+    }
+    let length = length_on_wire(packet, offset, &payload);
+    let way = packet.find_way(&F::source(&header), &F::destination(&header), length, path);
+    if way == Way::Open {
+        F::pass_router(packet, offset, hop_limit, F::protocol(&header))?;
+    }
+    Ok(way)
+}
+
+/// Length of the packet, or of the largest one into which it is segmented later.
+#[inline(always)]
+pub(crate) fn length_on_wire<P: Packet>(packet: &P, offset: u32, payload: &Payload) -> u32 {
+    const TCP_DATA_OFFSET: u32 = 12;
+    const UDP_HEADER: u32 = 8;
+    let size = packet.segment_size();
+    if size == 0 {
+        return payload.end.wrapping_sub(offset);
+    }
+    let transport_header = match payload.protocol {
+        protocol::TCP => {
+            packet.load::<u8>(payload.offset + TCP_DATA_OFFSET).map_or(60, |words| u32::from(words >> 4) * 4)
+        }
+        _ => UDP_HEADER,
+    };
+    payload.offset.wrapping_sub(offset) + transport_header + size
+}
