@@ -2,10 +2,9 @@
 
 use proxier_common::{
     Address, BackendKey, DELIVERY_DIRECT, DELIVERY_NODE, DELIVERY_PEER, DELIVERY_STACK, DropReason,
-    ExternalKey, FlowKey, FlowValue, MEMBER_DRAINING, MemberKey, POD_HAS_PEER, PodKey, PodValue,
-    SERVICE_BALANCE_FLOW, SERVICE_DIRECT, SERVICE_IS_NODE, SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND,
-    ServiceValue, SessionKey, SessionValue, SourceKey, Statistic, TCP_ESTABLISHED, TCP_REPLIED,
-    TCP_REQUEST_FIN, is_direct, protocol,
+    ExternalKey, FlowValue, MEMBER_DRAINING, MemberKey, POD_HAS_PEER, PodKey, PodValue, SERVICE_BALANCE_FLOW,
+    SERVICE_DIRECT, SERVICE_IS_NODE, SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND, ServiceValue, SessionKey,
+    SessionValue, SourceKey, Statistic, TCP_ESTABLISHED, TCP_REPLIED, TCP_REQUEST_FIN, protocol,
     timeout::{self, SECOND},
 };
 

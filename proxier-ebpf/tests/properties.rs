@@ -143,7 +143,7 @@ proptest! {
         match request(&mut packet, &tables) {
             Verdict::Next | Verdict::Drop(_) => prop_assert_eq!(&packet, &original),
             Verdict::Hairpin | Verdict::ToNode => prop_assert!(false, "only for a pod's packet"),
-            Verdict::Direct | Verdict::IntoPod | Verdict::FromUplink => {
+            Verdict::Forward | Verdict::ForwardIntoPod | Verdict::Direct | Verdict::FromUplink => {
                 prop_assert!(false, "the Service is not delivered so");
             }
             Verdict::Rewritten => {

@@ -44,8 +44,16 @@ impl Refusing {
 impl Packet for Refusing {
     const CAN_PASS_STACK: bool = true;
 
-    fn find_way(&mut self, source: &Address, destination: &Address, length: u32) -> proxier_ebpf::Way {
-        self.packet.find_way(source, destination, length)
+    type Path = <HostPacket as Packet>::Path;
+
+    fn find_way(
+        &self,
+        source: &Address,
+        destination: &Address,
+        length: u32,
+        path: &mut Self::Path,
+    ) -> proxier_ebpf::Way {
+        self.packet.find_way(source, destination, length, path)
     }
 
     fn segment_size(&self) -> u32 {

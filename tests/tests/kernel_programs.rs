@@ -35,7 +35,11 @@ fn with_kernel<R>(test: impl FnOnce(&mut Kernel) -> R) -> R {
 fn code(verdict: Verdict) -> i32 {
     match verdict {
         Verdict::Next | Verdict::ToNode | Verdict::Rewritten => TCX_NEXT,
-        Verdict::Hairpin | Verdict::Direct | Verdict::IntoPod | Verdict::FromUplink => TC_ACT_REDIRECT,
+        Verdict::Hairpin
+        | Verdict::Forward
+        | Verdict::ForwardIntoPod
+        | Verdict::Direct
+        | Verdict::FromUplink => TC_ACT_REDIRECT,
         Verdict::Drop(_) => TC_ACT_SHOT,
     }
 }

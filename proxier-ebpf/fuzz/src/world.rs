@@ -271,7 +271,7 @@ impl World {
                 let wire = wire.expect("a packet that is rewritten has an address");
                 self.assert_request_rewritten(before, &after, &wire, from.delivery());
             }
-            Verdict::Direct | Verdict::IntoPod | Verdict::FromUplink => {
+            Verdict::Forward | Verdict::ForwardIntoPod | Verdict::Direct | Verdict::FromUplink => {
                 panic!("{verdict:?} where no Service is delivered so")
             }
             Verdict::Hairpin => {
@@ -394,7 +394,12 @@ impl World {
                 }
                 assert_wholly_rewritten(before, &after, &changed);
             }
-            Verdict::Hairpin | Verdict::ToNode | Verdict::Direct | Verdict::IntoPod | Verdict::FromUplink => {
+            Verdict::Hairpin
+            | Verdict::ToNode
+            | Verdict::Forward
+            | Verdict::ForwardIntoPod
+            | Verdict::Direct
+            | Verdict::FromUplink => {
                 panic!("{verdict:?} of a packet that leaves")
             }
         }
