@@ -130,19 +130,16 @@ pub struct PodValue {
 /// bridge, or the kernel lacks the helper.
 pub const POD_HAS_PEER: u32 = 1 << 16;
 
-/// Entries of the array `links`. Each is 64 bits, one for an interface: whether pods that are reached past the node's stack
-/// ([`PodValue::interface`]) may send by it. Of an interface whose bit is not set, no packet is looked up as a reply.
+/// Entries of the array `links`: not 0 where pods may send by an interface that are reached past the node's stack. The packet
+/// core notes it before such a pod gets its first packet, and nobody takes it back. Of an interface for which there is nothing,
+/// no packet is looked up as a reply.
 ///
 /// An array, as the kernel makes of a look-up there a few instructions. Interfaces whose numbers have the same remainder
-/// share a bit, which costs look-ups in vain.
-pub const LINK_WORDS: u32 = 1024;
+/// share an entry, which costs look-ups in vain.
+pub const MAX_LINKS: u32 = 4096;
 
-/// Where the bit of an interface is in `links`: which entry, and the bit itself.
-#[inline(always)]
-#[must_use]
-pub const fn link_bit(interface: u32) -> (u32, u64) {
-    (interface / u64::BITS % LINK_WORDS, 1 << (interface % u64::BITS))
-}
+/// The entry of `links` for all ports of bridges: which of them leads to a pod is not known.
+pub const LINK_OF_PORTS: u32 = 0;
 
 /// What is looked up in `sources`, behind the number of its leading bits that count: an address that may send to a
 /// Service. All of the first two fields count, and of the address what the range says.

@@ -3,7 +3,7 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     rc::Rc,
 };
 
@@ -169,6 +169,8 @@ pub struct HostTables {
     pub fragments: RefCell<HashMap<FragmentKey, FragmentValue>>,
     /// Look-ups since it was last set to 0. Inserting counts too.
     pub lookups: Cell<u32>,
+    /// Those that the map of the same name has something for.
+    pub links: RefCell<HashSet<u32>>,
     /// As the map of the same name.
     pub stats: RefCell<HashMap<Statistic, u64>>,
     /// Whether `flows` refuses new entries.
@@ -309,6 +311,10 @@ impl Tables for HostTables {
     fn remove_fragment(&self, key: &FragmentKey) {
         self.count_lookup();
         self.fragments.borrow_mut().remove(key);
+    }
+
+    fn expect_replies_by(&self, link: u32) {
+        self.links.borrow_mut().insert(link);
     }
 
     fn count(&self, what: Statistic) {

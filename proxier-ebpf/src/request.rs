@@ -2,9 +2,10 @@
 
 use proxier_common::{
     Address, BackendKey, DELIVERY_DIRECT, DELIVERY_NODE, DELIVERY_PEER, DELIVERY_STACK, DropReason,
-    ExternalKey, FlowValue, MEMBER_DRAINING, MemberKey, POD_HAS_PEER, PodKey, PodValue, SERVICE_BALANCE_FLOW,
-    SERVICE_DIRECT, SERVICE_IS_NODE, SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND, ServiceValue, SessionKey,
-    SessionValue, SourceKey, Statistic, TCP_ESTABLISHED, TCP_REPLIED, TCP_REQUEST_FIN, protocol,
+    ExternalKey, FlowValue, LINK_OF_PORTS, MEMBER_DRAINING, MemberKey, POD_HAS_PEER, PodKey, PodValue,
+    SERVICE_BALANCE_FLOW, SERVICE_DIRECT, SERVICE_IS_NODE, SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND,
+    ServiceValue, SessionKey, SessionValue, SourceKey, Statistic, TCP_ESTABLISHED, TCP_REPLIED,
+    TCP_REQUEST_FIN, protocol,
     timeout::{self, SECOND},
 };
 
@@ -603,11 +604,15 @@ fn delivery_to<T: Tables>(tables: &T, request: &Request, pod: &Address) -> u8 {
     {
         return request.delivery;
     }
-    match tables.pod(&PodKey { pod: *pod }) {
-        Some(PodValue { interface: 1.., flags, .. }) if flags & POD_HAS_PEER != 0 => DELIVERY_PEER,
-        Some(PodValue { interface: 1.., .. }) => DELIVERY_DIRECT,
-        _ => DELIVERY_STACK,
+    let Some(PodValue { interface: interface @ 1.., flags, .. }) = tables.pod(&PodKey { pod: *pod }) else {
+        return DELIVERY_STACK;
+    };
+    tables.expect_replies_by(interface);
+    if flags & POD_HAS_PEER != 0 {
+        return DELIVERY_PEER;
     }
+    tables.expect_replies_by(LINK_OF_PORTS);
+    DELIVERY_DIRECT
 }
 
 #[inline(never)]

@@ -101,6 +101,9 @@ pub trait Tables {
     /// Forgets what an earlier packet's first fragment decided, if anything.
     fn remove_fragment(&self, key: &FragmentKey);
 
+    /// Notes that pods send by this interface, or port of a bridge (`LINK_OF_PORTS`), that are reached past the node's stack.
+    fn expect_replies_by(&self, link: u32);
+
     /// Counts something that has happened.
     fn count(&self, what: Statistic);
 }

@@ -13,9 +13,9 @@ use aya_ebpf::{
 };
 use proxier_common::{
     BackendKey, BackendValue, DROP_COUNTERS, DropEvent, EVENT_BYTES, EventBudget, ExternalKey, FlowKey,
-    FlowValue, FragmentKey, FragmentValue, LINK_WORDS, MAX_BACKENDS, MAX_FLOWS, MAX_FRAGMENTS, MAX_SERVICES,
+    FlowValue, FragmentKey, FragmentValue, MAX_BACKENDS, MAX_FLOWS, MAX_FRAGMENTS, MAX_LINKS, MAX_SERVICES,
     MAX_SESSIONS, MAX_SOURCES, MemberKey, MemberValue, NameKey, NameValue, PodKey, PodValue, STATISTICS,
-    ServiceValue, SessionKey, SessionValue, SourceKey, SourceValue, Statistic, link_bit,
+    ServiceValue, SessionKey, SessionValue, SourceKey, SourceValue, Statistic,
 };
 use proxier_ebpf::tables::{FlowEntry, InsertError, SessionEntry, Tables};
 
@@ -35,7 +35,7 @@ static MEMBERS: HashMap<MemberKey, MemberValue, { MAX_BACKENDS as usize }, NO_PR
 static PODS: HashMap<PodKey, PodValue, { MAX_SERVICES as usize }, NO_PREALLOC> = HashMap::new();
 
 #[btf_map(name = "links")]
-static LINKS: Array<u64, { LINK_WORDS as usize }> = Array::new();
+static LINKS: Array<u64, { MAX_LINKS as usize }> = Array::new();
 
 #[btf_map(name = "sources")]
 static SOURCES: LpmTrie<SourceKey, SourceValue, { MAX_SOURCES as usize }, NO_PREALLOC> = LpmTrie::new();
@@ -86,8 +86,8 @@ pub(super) fn report(event: &DropEvent) {
 /// Whether pods that are reached past the node's stack may send by the interface.
 #[inline(always)]
 pub(super) fn may_be_direct(interface: u32) -> bool {
-    let (word, bit) = link_bit(interface);
-    LINKS.get(word).is_some_and(|bits| bits & bit != 0)
+    // SAFETY: copied at once; any value is one.
+    LINKS.get_ptr(interface % MAX_LINKS).is_some_and(|known| unsafe { ptr::read_volatile(known) } != 0)
 }
 
 /// Counts a packet dropped.
@@ -273,6 +273,14 @@ impl Tables for KernelTables {
     fn remove_fragment(&self, key: &FragmentKey) {
         // The only error is that it is not there.
         let _ = FRAGMENTS.remove(key);
+    }
+
+    #[inline(always)]
+    fn expect_replies_by(&self, link: u32) {
+        if let Some(known) = LINKS.get_ptr_mut(link % MAX_LINKS) {
+            // SAFETY: a look-up in this run returned the pointer. All write the same.
+            unsafe { ptr::write_volatile(known, 1) };
+        }
     }
 
     #[inline(always)]

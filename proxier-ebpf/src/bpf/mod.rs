@@ -13,7 +13,7 @@ use aya_ebpf::{
     macros::classifier,
     programs::TcContext,
 };
-use proxier_common::{DELIVERY_NODE, DELIVERY_STACK, DropReason, Hook};
+use proxier_common::{DELIVERY_NODE, DELIVERY_STACK, DropReason, Hook, LINK_OF_PORTS};
 use proxier_ebpf::{Origin, Verdict, Way, packet::WriteError};
 
 use self::{
@@ -65,7 +65,8 @@ fn from_pod(mut packet: Skb<'_, ETHERNET_HEADER>, is_genuine: fn(&TcContext) -> 
     const HOOK: Hook = Hook::PodIngress;
     let context = packet.context();
     // Before anything else: there is more of it than of what pods ask for themselves.
-    if maps::may_be_direct(packet.interface()) {
+    let link = if packet.is_port() { LINK_OF_PORTS } else { packet.interface() };
+    if maps::may_be_direct(link) {
         let action = answer_directly(context, packet.is_port());
         if action != Ok(TC_ACT_UNSPEC) {
             return code::<ETHERNET_HEADER>(context, action, HOOK);

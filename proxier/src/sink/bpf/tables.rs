@@ -21,7 +21,7 @@ use aya::{
 };
 use proxier_common::{
     Address, BackendKey, BackendValue, DROP_COUNTERS, EVENT_BYTES, EventBudget, ExternalKey, FlowKey,
-    FlowValue, FragmentKey, FragmentValue, MAX_BACKENDS, MAX_FLOWS, MAX_FRAGMENTS, MAX_SERVICES,
+    FlowValue, FragmentKey, FragmentValue, MAX_BACKENDS, MAX_FLOWS, MAX_FRAGMENTS, MAX_LINKS, MAX_SERVICES,
     MAX_SESSIONS, MAX_SOURCES, MemberKey, MemberValue, NameKey, NameValue, PodKey, PodValue, SCHEMA,
     STATISTICS, ServiceValue, SessionKey, SessionValue, SourceKey, SourceValue,
 };
@@ -142,8 +142,10 @@ const EVENTS: Shape =
     Shape { name: "events", kind: MapType::RingBuf, key_size: 0, value_size: 0, max_entries: EVENT_BYTES };
 const EVENT_BUDGETS: Shape =
     Shape::of::<u32, EventBudget>("event_budgets", MapType::PerCpuArray, DROP_COUNTERS);
+/// The packet core's own, pinned so that conversations outlast the programs.
+const LINKS: Shape = Shape::of::<u32, u64>("links", MapType::Array, MAX_LINKS);
 
-const ALL: [Shape; 13] = [
+const ALL: [Shape; 14] = [
     SERVICES,
     BACKENDS,
     MEMBERS,
@@ -157,6 +159,7 @@ const ALL: [Shape; 13] = [
     STATS,
     EVENTS,
     EVENT_BUDGETS,
+    LINKS,
 ];
 
 /// The directory that holds the maps of this version's ABI.
