@@ -130,15 +130,15 @@ pub struct PodValue {
 /// bridge, or the kernel lacks the helper.
 pub const POD_HAS_PEER: u32 = 1 << 16;
 
-/// Entries of the array `links`: not 0 where pods may send by an interface that are reached past the node's stack. The packet
+/// Entries of the array `pod_links`: not 0 where pods may send by an interface that are reached past the node's stack. The packet
 /// core notes it before such a pod gets its first packet, and nobody takes it back. Of an interface for which there is nothing,
 /// no packet is looked up as a reply.
 ///
 /// An array, as the kernel makes of a look-up there a few instructions. Interfaces whose numbers have the same remainder
 /// share an entry, which costs look-ups in vain.
-pub const MAX_LINKS: u32 = 4096;
+pub const MAX_POD_LINKS: u32 = 4096;
 
-/// The entry of `links` for all ports of bridges: which of them leads to a pod is not known.
+/// The entry of `pod_links` for all ports of bridges: which of them leads to a pod is not known.
 pub const LINK_OF_PORTS: u32 = 0;
 
 /// What is looked up in `sources`, behind the number of its leading bits that count: an address that may send to a

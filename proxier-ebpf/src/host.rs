@@ -170,7 +170,7 @@ pub struct HostTables {
     /// Look-ups since it was last set to 0. Inserting counts too.
     pub lookups: Cell<u32>,
     /// Those that the map of the same name has something for.
-    pub links: RefCell<HashSet<u32>>,
+    pub pod_links: RefCell<HashSet<u32>>,
     /// As the map of the same name.
     pub stats: RefCell<HashMap<Statistic, u64>>,
     /// Whether `flows` refuses new entries.
@@ -314,7 +314,7 @@ impl Tables for HostTables {
     }
 
     fn expect_replies_by(&self, link: u32) {
-        self.links.borrow_mut().insert(link);
+        self.pod_links.borrow_mut().insert(link);
     }
 
     fn count(&self, what: Statistic) {

@@ -110,7 +110,7 @@ fn both_directions_pass_the_stack_by_and_lose_one_hop() {
                 assert_eq!(only_delivery(&tables), delivery);
                 assert_eq!(asked, Some((client, pod, length(&packet))));
                 let ports = (flags & POD_HAS_PEER == 0).then_some(LINK_OF_PORTS);
-                assert_eq!(*tables.links.borrow(), ports.into_iter().chain([LINK]).collect());
+                assert_eq!(*tables.pod_links.borrow(), ports.into_iter().chain([LINK]).collect());
                 let mut answer = plain(net.pod, net.client, protocol, (53, 40_000));
                 let (verdict, asked) = reply_at_link(&mut answer, &tables);
                 assert_eq!(verdict, Verdict::Direct, "{protocol}");
@@ -176,7 +176,7 @@ fn a_pod_that_cannot_be_reached_so_is_reached_through_the_stack() {
         assert_eq!(request(&mut packet, &tables), Verdict::Rewritten);
         assert_eq!(packet, plain(net.client, net.pod, UDP, (40_000, 53)));
         assert_eq!(only_delivery(&tables), DELIVERY_STACK);
-        assert!(tables.links.borrow().is_empty(), "nobody looks for replies at its link");
+        assert!(tables.pod_links.borrow().is_empty(), "nobody looks for replies at its link");
     }
 }
 

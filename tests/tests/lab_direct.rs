@@ -1,64 +1,138 @@
-//! Delivery past the node's stack: every protocol with its offloads, and nothing of it in the node's connection tracking.
+//! Delivery past the node's stack (docs/decisions/017): all that the matrix tries, and that the node's netfilter neither sees
+//! nor disturbs it.
 
 #![allow(
     clippy::unwrap_used,
     reason = "a test that cannot go on panics; clippy sees tests in `#[test]` functions only"
 )]
 
-use std::{io::Write as _, path::Path, process::Stdio};
+use std::{io::Write as _, net::IpAddr, path::Path, process::Stdio};
 
 use aya::maps::{HashMap, Map, MapData};
-use proxier_common::{POD_HAS_PEER, PodKey, PodValue, SCHEMA};
+use proxier_common::{Address, FlowKey, FlowValue, POD_HAS_PEER, PodKey, PodValue, SCHEMA, is_direct};
 use proxier_tests::{
     exchange::Protocol,
+    matrix::{Table, ground::Ground},
+    report,
     responder::Sighting,
     scenario::{Scenario, externals},
     skip_unless_root,
-    topology::LabSpec,
+    topology::{LabSpec, PodNetwork},
 };
 
 const PORT: u16 = 5060;
+const DIRECT: [&str; 2] = ["--delivery", "direct"];
 
-/// What a node may have that sees no conversation of a pod's that is delivered directly: it lets none through, and masquerades
-/// what pods send.
-const NO_FORWARDING: &str = "
+/// What nodes of most clusters have: packets that conntrack finds invalid go (kube-proxy), and what pods send to the world gets
+/// the node's address (network plugins).
+const USUAL_RULES: &str = "
 table inet node {
   chain forward {
-    type filter hook forward priority filter; policy drop;
+    type filter hook forward priority filter;
     ct state invalid counter drop
   }
   chain postrouting {
     type nat hook postrouting priority srcnat;
-    oifname uplink0 ip saddr 11.0.0.0/8 masquerade
-    oifname uplink0 ip6 saddr 1100::/16 masquerade
+    oifname uplink0 ip saddr 11.0.0.0/8 counter masquerade
+    oifname uplink0 ip6 saddr 1100::/16 counter masquerade
   }
 }
 ";
 
-/// Says which link leads to each pod, in place of the agent.
-fn link_pods(scenario: &Scenario, pin_path: &Path, flags: u32) {
-    let path = pin_path.join(format!("v{SCHEMA}")).join("pods");
-    let map = Map::HashMap(MapData::from_pin(path).unwrap());
+/// A firewall that lets nothing through to pods, nor from them.
+const NO_FORWARDING: &str = "
+table inet firewall {
+  chain forward {
+    type filter hook forward priority filter; policy drop;
+  }
+}
+";
+
+fn pinned(pin_path: &Path, name: &str) -> MapData {
+    MapData::from_pin(pin_path.join(format!("v{SCHEMA}")).join(name)).unwrap()
+}
+
+fn index_of_link(scenario: &Scenario, name: &str) -> u32 {
+    let line = scenario.on_node("ip", &["-o", "link", "show", name]);
+    line.split(':').next().unwrap().trim().parse().unwrap()
+}
+
+/// Says which link leads to each pod of a Service, in place of the agent.
+fn link_pods(scenario: &Scenario, network: PodNetwork, flags: u32) {
+    let map = Map::HashMap(pinned(scenario.lab.pin_path(), "pods"));
     let mut pods: HashMap<_, PodKey, PodValue> = HashMap::try_from(map).unwrap();
     for (index, pod) in (1..).zip(&scenario.lab.pods) {
-        let line = scenario.on_node("ip", &["-o", "link", "show", &format!("pod{index}")]);
-        let interface: u32 = line.split(':').next().unwrap().trim().parse().unwrap();
+        let interface = match network {
+            PodNetwork::PointToPoint => index_of_link(scenario, &format!("pod{index}")),
+            PodNetwork::Bridge => index_of_link(scenario, "cni0"),
+        };
         for address in &pod.host.addresses {
             let key = PodKey { pod: (*address).into() };
-            let value = pods.get(&key, 0).unwrap();
-            pods.insert(key, PodValue { interface, flags: value.flags | flags, ..value }, 0).unwrap();
+            if let Ok(value) = pods.get(&key, 0) {
+                let flags = value.flags & !POD_HAS_PEER | flags;
+                pods.insert(key, PodValue { interface, flags, ..value }, 0).unwrap();
+            }
         }
     }
 }
 
-fn every_protocol_is_delivered(flags: u32) {
-    let spec = LabSpec::unique();
-    let scenario = Scenario::start(&spec, &["--delivery", "direct"]);
-    link_pods(&scenario, &spec.pin_path, flags);
+fn nft(scenario: &Scenario, rules: &str) {
     let mut nft = scenario.lab.node.namespace.command("nft").unwrap();
     let mut nft = nft.args(["-f", "-"]).stdin(Stdio::piped()).spawn().unwrap();
-    nft.stdin.take().unwrap().write_all(NO_FORWARDING.as_bytes()).unwrap();
+    nft.stdin.take().unwrap().write_all(rules.as_bytes()).unwrap();
     assert!(nft.wait().unwrap().success());
+}
+
+/// Delivery of each flow with one of the lab's clients.
+fn deliveries(scenario: &Scenario) -> Vec<(FlowKey, u8)> {
+    let map = Map::LruHashMap(pinned(scenario.lab.pin_path(), "flows"));
+    let flows: HashMap<_, FlowKey, FlowValue> = HashMap::try_from(map).unwrap();
+    let clients: Vec<Address> = scenario.lab.client.addresses.iter().copied().map(Address::from).collect();
+    let all = flows.iter().map(Result::unwrap);
+    all.filter(|(key, _)| clients.contains(&key.peer)).map(|(key, flow)| (key, flow.delivery)).collect()
+}
+
+/// The lines of the node's conntrack table that have this address.
+fn tracked(scenario: &Scenario, address: IpAddr) -> Vec<String> {
+    let family = if address.is_ipv4() { "ipv4" } else { "ipv6" };
+    let table = scenario.on_node("conntrack", &["-L", "-f", family]);
+    let word = format!("={address} ");
+    table.lines().filter(|line| line.contains(&word)).map(str::to_owned).collect()
+}
+
+#[test]
+fn every_cell_of_the_matrix_passes_directly_too() {
+    skip_unless_root!();
+    let mut table = Table::default();
+    for (network, flags, offloads) in [
+        (PodNetwork::PointToPoint, POD_HAS_PEER, true),
+        (PodNetwork::PointToPoint, 0, true),
+        (PodNetwork::Bridge, 0, true),
+        (PodNetwork::PointToPoint, POD_HAS_PEER, false),
+        (PodNetwork::Bridge, 0, false),
+    ] {
+        let ground = Ground::with(network, offloads, &DIRECT);
+        link_pods(ground.scenario(), network, flags);
+        nft(ground.scenario(), USUAL_RULES);
+        table.extend(ground.try_all().unwrap());
+        let flows = deliveries(ground.scenario());
+        let direct = flows.iter().filter(|(_, delivery)| is_direct(*delivery)).count();
+        assert!(direct > 50 && direct == flows.len(), "{direct} direct ones among {flows:?}");
+    }
+    for line in table.lines() {
+        report::line("direct matrix", &line).unwrap();
+    }
+    let failures = table.failures();
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+    assert_eq!(table.len(), 4 * 8 * 2 * 2 * 2);
+}
+
+fn every_protocol_is_delivered(network: PodNetwork, flags: u32) {
+    let spec = LabSpec::unique().with_pod_network(network);
+    let scenario = Scenario::start(&spec, &DIRECT);
+    link_pods(&scenario, network, flags);
+    nft(&scenario, USUAL_RULES);
+    nft(&scenario, NO_FORWARDING);
     for (from_port, protocol) in (41000..).zip(Protocol::ALL) {
         for external in externals() {
             let question = scenario.question(protocol, from_port, external, PORT);
@@ -69,16 +143,25 @@ fn every_protocol_is_delivered(flags: u32) {
             }
         }
     }
+    for address in scenario.all_pods().into_iter().chain(externals()) {
+        assert_eq!(tracked(&scenario, address), Vec::<String>::new());
+    }
 }
 
 #[test]
 fn every_protocol_passes_by_a_firewall_that_lets_nothing_through_into_the_pods_end() {
     skip_unless_root!();
-    every_protocol_is_delivered(POD_HAS_PEER);
+    every_protocol_is_delivered(PodNetwork::PointToPoint, POD_HAS_PEER);
 }
 
 #[test]
 fn every_protocol_passes_by_a_firewall_that_lets_nothing_through_by_the_link() {
     skip_unless_root!();
-    every_protocol_is_delivered(0);
+    every_protocol_is_delivered(PodNetwork::PointToPoint, 0);
+}
+
+#[test]
+fn every_protocol_passes_by_a_firewall_that_lets_nothing_through_by_a_bridge() {
+    skip_unless_root!();
+    every_protocol_is_delivered(PodNetwork::Bridge, 0);
 }

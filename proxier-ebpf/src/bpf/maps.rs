@@ -13,9 +13,9 @@ use aya_ebpf::{
 };
 use proxier_common::{
     BackendKey, BackendValue, DROP_COUNTERS, DropEvent, EVENT_BYTES, EventBudget, ExternalKey, FlowKey,
-    FlowValue, FragmentKey, FragmentValue, MAX_BACKENDS, MAX_FLOWS, MAX_FRAGMENTS, MAX_LINKS, MAX_SERVICES,
-    MAX_SESSIONS, MAX_SOURCES, MemberKey, MemberValue, NameKey, NameValue, PodKey, PodValue, STATISTICS,
-    ServiceValue, SessionKey, SessionValue, SourceKey, SourceValue, Statistic,
+    FlowValue, FragmentKey, FragmentValue, MAX_BACKENDS, MAX_FLOWS, MAX_FRAGMENTS, MAX_POD_LINKS,
+    MAX_SERVICES, MAX_SESSIONS, MAX_SOURCES, MemberKey, MemberValue, NameKey, NameValue, PodKey, PodValue,
+    STATISTICS, ServiceValue, SessionKey, SessionValue, SourceKey, SourceValue, Statistic,
 };
 use proxier_ebpf::tables::{FlowEntry, InsertError, SessionEntry, Tables};
 
@@ -34,8 +34,8 @@ static MEMBERS: HashMap<MemberKey, MemberValue, { MAX_BACKENDS as usize }, NO_PR
 #[btf_map(name = "pods")]
 static PODS: HashMap<PodKey, PodValue, { MAX_SERVICES as usize }, NO_PREALLOC> = HashMap::new();
 
-#[btf_map(name = "links")]
-static LINKS: Array<u64, { MAX_LINKS as usize }> = Array::new();
+#[btf_map(name = "pod_links")]
+static POD_LINKS: Array<u64, { MAX_POD_LINKS as usize }> = Array::new();
 
 #[btf_map(name = "sources")]
 static SOURCES: LpmTrie<SourceKey, SourceValue, { MAX_SOURCES as usize }, NO_PREALLOC> = LpmTrie::new();
@@ -87,7 +87,9 @@ pub(super) fn report(event: &DropEvent) {
 #[inline(always)]
 pub(super) fn may_be_direct(interface: u32) -> bool {
     // SAFETY: copied at once; any value is one.
-    LINKS.get_ptr(interface % MAX_LINKS).is_some_and(|known| unsafe { ptr::read_volatile(known) } != 0)
+    POD_LINKS
+        .get_ptr(interface % MAX_POD_LINKS)
+        .is_some_and(|known| unsafe { ptr::read_volatile(known) } != 0)
 }
 
 /// Counts a packet dropped.
@@ -277,7 +279,7 @@ impl Tables for KernelTables {
 
     #[inline(always)]
     fn expect_replies_by(&self, link: u32) {
-        if let Some(known) = LINKS.get_ptr_mut(link % MAX_LINKS) {
+        if let Some(known) = POD_LINKS.get_ptr_mut(link % MAX_POD_LINKS) {
             // SAFETY: a look-up in this run returned the pointer. All write the same.
             unsafe { ptr::write_volatile(known, 1) };
         }

@@ -52,10 +52,16 @@ impl Ground {
     /// them every checksum is there from the start.
     #[must_use]
     pub fn new(pod_network: PodNetwork, offloads: bool) -> Self {
+        Self::with(pod_network, offloads, &[])
+    }
+
+    /// As [`Self::new`], with an agent that has more `arguments` of `to-bpf`.
+    #[must_use]
+    pub fn with(pod_network: PodNetwork, offloads: bool, arguments: &[&str]) -> Self {
         let spec =
             LabSpec::unique().with_pods(4).with_clients(CLIENTS).with_pod_network(pod_network).with_router();
         let spec = if offloads { spec } else { spec.without_offloads() };
-        let mut scenario = Scenario::prepare(&spec, &[]);
+        let mut scenario = Scenario::prepare(&spec, arguments);
         let [one, several @ .., _neither] = &scenario.lab.pods[..] else { unreachable!("four pods") };
         scenario.write_pods(&one.host.addresses);
         let several: Vec<IpAddr> = several.iter().flat_map(|pod| pod.host.addresses.clone()).collect();
@@ -97,6 +103,12 @@ impl Ground {
             Err(error) if self.offloads => Outcome::Failed(format!("{error:#}")),
             Err(error) => Outcome::Failed(format!("without offloads: {error:#}")),
         }
+    }
+
+    /// The lab and its agent.
+    #[must_use]
+    pub const fn scenario(&self) -> &Scenario {
+        &self.scenario
     }
 
     pub(super) fn lab(&self) -> &Lab {

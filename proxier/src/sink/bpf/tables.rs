@@ -21,9 +21,9 @@ use aya::{
 };
 use proxier_common::{
     Address, BackendKey, BackendValue, DROP_COUNTERS, EVENT_BYTES, EventBudget, ExternalKey, FlowKey,
-    FlowValue, FragmentKey, FragmentValue, MAX_BACKENDS, MAX_FLOWS, MAX_FRAGMENTS, MAX_LINKS, MAX_SERVICES,
-    MAX_SESSIONS, MAX_SOURCES, MemberKey, MemberValue, NameKey, NameValue, PodKey, PodValue, SCHEMA,
-    STATISTICS, ServiceValue, SessionKey, SessionValue, SourceKey, SourceValue,
+    FlowValue, FragmentKey, FragmentValue, MAX_BACKENDS, MAX_FLOWS, MAX_FRAGMENTS, MAX_POD_LINKS,
+    MAX_SERVICES, MAX_SESSIONS, MAX_SOURCES, MemberKey, MemberValue, NameKey, NameValue, PodKey, PodValue,
+    SCHEMA, STATISTICS, ServiceValue, SessionKey, SessionValue, SourceKey, SourceValue,
 };
 use thiserror::Error;
 
@@ -143,7 +143,7 @@ const EVENTS: Shape =
 const EVENT_BUDGETS: Shape =
     Shape::of::<u32, EventBudget>("event_budgets", MapType::PerCpuArray, DROP_COUNTERS);
 /// The packet core's own, pinned so that conversations outlast the programs.
-const LINKS: Shape = Shape::of::<u32, u64>("links", MapType::Array, MAX_LINKS);
+const POD_LINKS: Shape = Shape::of::<u32, u64>("pod_links", MapType::Array, MAX_POD_LINKS);
 
 const ALL: [Shape; 14] = [
     SERVICES,
@@ -159,7 +159,7 @@ const ALL: [Shape; 14] = [
     STATS,
     EVENTS,
     EVENT_BUDGETS,
-    LINKS,
+    POD_LINKS,
 ];
 
 /// The directory that holds the maps of this version's ABI.
