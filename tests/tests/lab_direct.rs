@@ -12,7 +12,7 @@ use aya::maps::{HashMap, Map, MapData};
 use proxier_common::{Address, FlowKey, FlowValue, POD_HAS_PEER, PodKey, PodValue, SCHEMA, is_direct};
 use proxier_tests::{
     exchange::Protocol,
-    matrix::{Table, ground::Ground},
+    matrix::{Client, Table, ground::Ground},
     report,
     responder::Sighting,
     scenario::{Scenario, externals},
@@ -100,31 +100,56 @@ fn tracked(scenario: &Scenario, address: IpAddr) -> Vec<String> {
     table.lines().filter(|line| line.contains(&word)).map(str::to_owned).collect()
 }
 
+/// Tries the cells of `clients`, with pods that are linked so, and the node's `rules`.
+fn matrix(
+    (network, flags, offloads): (PodNetwork, u32, bool),
+    rules: &str,
+    clients: &[Client],
+) -> anyhow::Result<Table> {
+    let ground = Ground::with(network, offloads, &DIRECT);
+    link_pods(ground.scenario(), network, flags);
+    nft(ground.scenario(), rules);
+    let table = ground.try_clients(clients)?;
+    let flows = deliveries(ground.scenario());
+    let direct = flows.iter().filter(|(_, delivery)| is_direct(*delivery)).count();
+    assert!(direct > 50 && direct == flows.len(), "{direct} direct ones among {flows:?}");
+    Ok(table)
+}
+
+fn assert_passed(table: &Table, title: &str, clients: usize) {
+    for line in table.lines() {
+        report::line(title, &line).unwrap();
+    }
+    let failures = table.failures();
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+    // Checks, families, Services, networks.
+    assert_eq!(table.len(), clients * 8 * 2 * 2 * 2);
+}
+
 #[test]
-fn every_cell_of_the_matrix_passes_directly_too() {
+fn clients_outside_are_served_directly_in_every_cell_of_the_matrix_whatever_netfilter_is_told() {
     skip_unless_root!();
     let mut table = Table::default();
-    for (network, flags, offloads) in [
+    for lab in [
         (PodNetwork::PointToPoint, POD_HAS_PEER, true),
         (PodNetwork::PointToPoint, 0, true),
         (PodNetwork::Bridge, 0, true),
         (PodNetwork::PointToPoint, POD_HAS_PEER, false),
         (PodNetwork::Bridge, 0, false),
     ] {
-        let ground = Ground::with(network, offloads, &DIRECT);
-        link_pods(ground.scenario(), network, flags);
-        nft(ground.scenario(), USUAL_RULES);
-        table.extend(ground.try_all().unwrap());
-        let flows = deliveries(ground.scenario());
-        let direct = flows.iter().filter(|(_, delivery)| is_direct(*delivery)).count();
-        assert!(direct > 50 && direct == flows.len(), "{direct} direct ones among {flows:?}");
+        table.extend(matrix(lab, USUAL_RULES, &[Client::Outside]).unwrap());
     }
-    for line in table.lines() {
-        report::line("direct matrix", &line).unwrap();
+    assert_passed(&table, "direct matrix", 1);
+}
+
+#[test]
+fn all_other_clients_are_served_as_ever_beside_those_that_are_served_directly() {
+    skip_unless_root!();
+    let mut table = Table::default();
+    for lab in [(PodNetwork::PointToPoint, POD_HAS_PEER, true), (PodNetwork::Bridge, 0, true)] {
+        table.extend(matrix(lab, "", &Client::ALL).unwrap());
     }
-    let failures = table.failures();
-    assert!(failures.is_empty(), "{}", failures.join("\n"));
-    assert_eq!(table.len(), 4 * 8 * 2 * 2 * 2);
+    assert_passed(&table, "matrix beside direct clients", Client::ALL.len());
 }
 
 fn every_protocol_is_delivered(network: PodNetwork, flags: u32) {

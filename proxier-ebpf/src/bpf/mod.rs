@@ -72,12 +72,19 @@ fn from_pod(mut packet: Skb<'_, ETHERNET_HEADER>, is_genuine: fn(&TcContext) -> 
             return code::<ETHERNET_HEADER>(context, action, HOOK);
         }
     }
-    let verdict = match proxier_ebpf::request(&mut packet, &KernelTables, Origin::Pod) {
-        Verdict::ToNode => proxier_ebpf::reply(&mut packet, &KernelTables, DELIVERY_NODE),
-        verdict => return action::<ETHERNET_HEADER>(context, verdict, HOOK, through_stack),
-    };
-    let onward = if is_genuine(context) { redirect::to_node } else { through_stack };
-    action::<ETHERNET_HEADER>(context, verdict, HOOK, onward)
+    match proxier_ebpf::request(&mut packet, &KernelTables, Origin::Pod) {
+        Verdict::ToNode => {
+            // While the source is the pod's.
+            let is_genuine = is_genuine(context);
+            match proxier_ebpf::reply(&mut packet, &KernelTables, DELIVERY_NODE) {
+                Verdict::Rewritten if is_genuine => {
+                    code::<ETHERNET_HEADER>(context, redirect::to_node(context), HOOK)
+                }
+                verdict => action::<ETHERNET_HEADER>(context, verdict, HOOK, through_stack),
+            }
+        }
+        verdict => action::<ETHERNET_HEADER>(context, verdict, HOOK, through_stack),
+    }
 }
 
 /// Sends a pod's reply past the stack. `TC_ACT_UNSPEC` if it is none, or not one that can go so.

@@ -77,9 +77,19 @@ impl Ground {
     ///
     /// The lab itself is broken; what proxier does wrong is in the table.
     pub fn try_all(&self) -> anyhow::Result<Table> {
+        self.try_clients(&Client::ALL)
+    }
+
+    /// As [`Self::try_all`], the cells of these clients.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::try_all`].
+    pub fn try_clients(&self, clients: &[Client]) -> anyhow::Result<Table> {
         let mut table = Table::default();
-        let (narrow, wide): (Vec<Cell>, Vec<Cell>) =
-            Cell::all(self.pod_network).partition(|cell| cell.check == super::Check::Pmtu);
+        let (narrow, wide): (Vec<Cell>, Vec<Cell>) = Cell::all(self.pod_network)
+            .filter(|cell| clients.contains(&cell.client))
+            .partition(|cell| cell.check == super::Check::Pmtu);
         for cell in wide {
             table.enter(cell, self.try_cell(&cell));
         }
