@@ -6,18 +6,33 @@
     reason = "a test that cannot go on panics; clippy sees tests in `#[test]` functions only"
 )]
 
-use std::{io::Write as _, net::IpAddr, path::Path, process::Stdio};
+use std::{
+    collections::BTreeSet,
+    fs,
+    io::Write as _,
+    net::{IpAddr, SocketAddr, UdpSocket},
+    path::Path,
+    process::Stdio,
+};
 
 use aya::maps::{HashMap, Map, MapData};
-use proxier_common::{Address, FlowKey, FlowValue, POD_HAS_PEER, PodKey, PodValue, SCHEMA, is_direct};
+use proxier_common::{
+    Address, DELIVERY_PEER, FlowKey, FlowValue, POD_HAS_PEER, PodKey, PodValue, SCHEMA, is_direct,
+};
 use proxier_tests::{
-    exchange::Protocol,
+    capture::{Capture, Direction},
+    connection::Connection,
+    exchange::{PATIENCE, Protocol, SILENCE},
+    host::Host,
+    loss::lost_during,
     matrix::{Client, Table, ground::Ground},
+    packets::{Packet, protocol},
     report,
     responder::Sighting,
-    scenario::{Scenario, externals},
+    scenario::{EDIT_TAKES_EFFECT_WITHIN, Scenario, externals},
     skip_unless_root,
-    topology::{LabSpec, PodNetwork},
+    topology::{LabSpec, PodNetwork, UPLINK},
+    wait,
 };
 
 const PORT: u16 = 5060;
@@ -35,6 +50,16 @@ table inet node {
     type nat hook postrouting priority srcnat;
     oifname uplink0 ip saddr 11.0.0.0/8 counter masquerade
     oifname uplink0 ip6 saddr 1100::/16 counter masquerade
+  }
+}
+";
+
+/// What comes by another link than the one that leads to its source goes.
+const REVERSE_PATH_FILTER: &str = "
+table inet reverse {
+  chain prerouting {
+    type filter hook prerouting priority raw;
+    iifname pod* fib saddr . iif oif 0 counter drop
   }
 }
 ";
@@ -189,4 +214,272 @@ fn every_protocol_passes_by_a_firewall_that_lets_nothing_through_by_the_link() {
 fn every_protocol_passes_by_a_firewall_that_lets_nothing_through_by_a_bridge() {
     skip_unless_root!();
     every_protocol_is_delivered(PodNetwork::Bridge, 0);
+}
+
+/// A lab with the usual rules whose pods are reached directly, each by the other end of its link.
+fn scenario(spec: &LabSpec) -> Scenario {
+    let scenario = Scenario::start(spec, &DIRECT);
+    link_pods(&scenario, PodNetwork::PointToPoint, POD_HAS_PEER);
+    nft(&scenario, USUAL_RULES);
+    scenario
+}
+
+/// A conversation with a pod by UDP that has begun.
+struct Talk<'a> {
+    scenario: &'a Scenario,
+    socket: UdpSocket,
+    client: SocketAddr,
+    external: SocketAddr,
+    pod: &'a Host,
+    at_pod: SocketAddr,
+}
+
+impl<'a> Talk<'a> {
+    fn begin(scenario: &'a Scenario, external: IpAddr) -> Self {
+        let client = SocketAddr::new(scenario.lab.client.address(external), 41_000);
+        let external = SocketAddr::new(external, PORT);
+        let socket = scenario.lab.client.udp(client).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket.send_to(b"who", external).unwrap();
+        let mut answer = [0; 512];
+        let (size, from) = socket.recv_from(&mut answer).unwrap();
+        assert_eq!(from, external);
+        let name = Sighting::in_answer(&answer[..size]).unwrap().host;
+        let pod = &scenario.lab.pod(&name).host;
+        let at_pod = SocketAddr::new(pod.address(external.ip()), PORT);
+        let key = FlowKey {
+            pod: at_pod.ip().into(),
+            peer: client.ip().into(),
+            pod_port: at_pod.port().to_be(),
+            peer_port: client.port().to_be(),
+            protocol: protocol::UDP,
+            query: 0,
+            padding: 0,
+        };
+        assert!(deliveries(scenario).contains(&(key, DELIVERY_PEER)));
+        Self { scenario, socket, client, external, pod, at_pod }
+    }
+
+    /// A datagram of the client of so many bytes, which may be fragmented.
+    fn question(&self, size: usize) -> Packet {
+        Packet::udp(self.client, self.external, &vec![b'q'; size])
+    }
+
+    /// A datagram of the pod, likewise.
+    fn answer(&self, size: usize) -> Packet {
+        Packet::udp(self.at_pod, self.client, &vec![b'a'; size])
+    }
+
+    /// Reads what comes from the external address, of which there must be so much.
+    fn receives(&self, size: usize) {
+        let mut answer = vec![0; 1 << 16];
+        let (received, from) = self.socket.recv_from(&mut answer).unwrap();
+        assert_eq!((received, from), (size, self.external));
+    }
+
+    /// Sends from the pod what cannot go on, and waits until the pod is told so. Nothing of it must reach the client.
+    fn pod_is_told(&self, packet: &Packet, is_told: impl Fn(&Packet) -> bool) {
+        let (at_pod, at_client) = (self.pod.capture().unwrap(), self.scenario.lab.client.capture().unwrap());
+        self.pod.send(std::slice::from_ref(packet)).unwrap();
+        let quoted = Some((self.at_pod.ip(), self.client.ip()));
+        let told = |packet: &Packet| is_told(packet) && packet.quoted_addresses() == quoted;
+        assert!(at_pod.wait_for(PATIENCE, Direction::In, told).is_some(), "nobody told the pod of {packet}");
+        let leaked = |seen: &Packet| seen.payload.ends_with(&packet.payload[8..]);
+        assert_eq!(at_client.wait_for(SILENCE, Direction::In, leaked), None);
+    }
+}
+
+fn is_time_exceeded(packet: &Packet) -> bool {
+    let kind = if packet.protocol == protocol::ICMP { 11 } else { 3 };
+    [protocol::ICMP, protocol::ICMPV6].contains(&packet.protocol) && packet.payload.first() == Some(&kind)
+}
+
+#[test]
+fn the_node_is_a_hop_to_either_side() {
+    skip_unless_root!();
+    let scenario = scenario(&LabSpec::unique());
+    for external in externals() {
+        let talk = Talk::begin(&scenario, external);
+        let (at_pod, at_client) = (talk.pod.capture().unwrap(), scenario.lab.client.capture().unwrap());
+        let with_hops = |packet: Packet, hop_limit| Packet { hop_limit, ..packet };
+        scenario.lab.client.send(&[with_hops(talk.question(10), 2)]).unwrap();
+        let last_hop = |packet: &Packet| packet.protocol == protocol::UDP && packet.hop_limit == 1;
+        let arrived = at_pod.wait_for(PATIENCE, Direction::In, last_hop);
+        assert_eq!(arrived.map(|packet| packet.source), Some(talk.client.ip()));
+        talk.pod.send(&[with_hops(talk.answer(10), 2)]).unwrap();
+        let arrived = at_client.wait_for(PATIENCE, Direction::In, last_hop);
+        assert_eq!(arrived.map(|packet| packet.source), Some(external));
+        scenario.lab.client.send(&[with_hops(talk.question(10), 1)]).unwrap();
+        let told = at_client.wait_for(PATIENCE, Direction::In, is_time_exceeded).unwrap();
+        assert_eq!(told.quoted_addresses(), Some((talk.client.ip(), external)));
+        talk.pod_is_told(&with_hops(talk.answer(10), 1), is_time_exceeded);
+    }
+}
+
+#[test]
+fn what_is_too_large_for_a_way_is_fragmented_there_or_its_sender_told() {
+    skip_unless_root!();
+    let scenario = scenario(&LabSpec::unique());
+    scenario.lab.node.namespace.ip(&format!("link set {UPLINK} mtu 1300\n")).unwrap();
+    for external in externals() {
+        let talk = Talk::begin(&scenario, external);
+        let at_client = scenario.lab.client.capture().unwrap();
+        let is_piece = |packet: &Packet| packet.fragment.is_some() && packet.source == external;
+        if external.is_ipv4() {
+            talk.pod.send(&[talk.answer(1_350)]).unwrap();
+            talk.receives(1_350);
+            assert!(at_client.packets(Direction::In).iter().any(is_piece));
+            // The first does not fit, the last would.
+            talk.pod.send(&talk.answer(1_500).fragments(7, 1_400)).unwrap();
+            talk.receives(1_500);
+        } else {
+            talk.pod_is_told(&talk.answer(1_350), Packet::is_too_big);
+        }
+        // What fits goes directly as ever.
+        talk.pod.send(&[talk.answer(1_200)]).unwrap();
+        talk.receives(1_200);
+        talk.pod.send(&talk.answer(1_500).fragments(8, 1_200)).unwrap();
+        talk.receives(1_500);
+    }
+    scenario.lab.node.namespace.ip(&format!("link set {UPLINK} mtu 1500\n")).unwrap();
+    let pods: Vec<&str> = scenario.lab.pods.iter().map(|pod| pod.host.name.as_str()).collect();
+    scenario.lab.narrow_ways_to_pods(&pods).unwrap();
+    for external in externals() {
+        let talk = Talk::begin(&scenario, external);
+        let (at_pod, at_client) = (talk.pod.capture().unwrap(), scenario.lab.client.capture().unwrap());
+        scenario.lab.client.send(&[talk.question(1_450)]).unwrap();
+        if external.is_ipv4() {
+            let is_piece = |packet: &Packet| packet.fragment.is_some() && packet.source == talk.client.ip();
+            assert!(at_pod.wait_for(PATIENCE, Direction::In, is_piece).is_some());
+            let mut answer = vec![0; 1 << 16];
+            let (size, _) = talk.socket.recv_from(&mut answer).unwrap();
+            assert!(answer[..size].ends_with(&[b'q'; 1_450]), "the pod puts the pieces together");
+        } else {
+            let told = at_client.wait_for(PATIENCE, Direction::In, Packet::is_too_big).unwrap();
+            assert_eq!(told.quoted_addresses(), Some((talk.client.ip(), external)));
+        }
+    }
+}
+
+#[test]
+fn what_the_node_has_learnt_of_a_path_for_itself_does_not_part_a_conversation() {
+    skip_unless_root!();
+    let scenario = scenario(&LabSpec::unique().with_router());
+    scenario.lab.narrow_way_to_client().unwrap();
+    for external in externals() {
+        let talk = Talk::begin(&scenario, external);
+        // The node sends something too large itself, and is told so.
+        let client = talk.client.ip().to_string();
+        let family = if external.is_ipv4() { "-4" } else { "-6" };
+        let ping = ["-c1", "-q", family, "-W1", "-s1400", "-Mdo", &client];
+        let _ = scenario.lab.node.namespace.command("ping").unwrap().args(ping).output().unwrap();
+        let cached = scenario.on_node("ip", &[family, "route", "get", &client]);
+        assert!(cached.contains("mtu 1300"), "{cached}");
+        // It fits the uplink, and nobody but the router has a say in it.
+        if external.is_ipv4() {
+            talk.pod.send(&[talk.answer(1_400)]).unwrap();
+            talk.receives(1_400);
+        } else {
+            talk.pod_is_told(&talk.answer(1_400), Packet::is_too_big);
+        }
+        for address in [talk.at_pod.ip(), external] {
+            assert_eq!(tracked(&scenario, address), Vec::<String>::new());
+        }
+    }
+}
+
+#[test]
+fn a_client_that_the_routing_finds_elsewhere_is_answered_there() {
+    skip_unless_root!();
+    let scenario = scenario(&LabSpec::unique());
+    nft(&scenario, NO_FORWARDING);
+    let client = &scenario.lab.client;
+    let (node, far) = (&scenario.lab.node.namespace, client.namespace.name());
+    node.ip(&format!(
+        "link add other0 type veth peer name eth1 netns {far}\nlink set other0 up\n\
+         address add 192.168.9.1/24 dev other0\naddress add fd00:9::1/64 dev other0 nodad\n"
+    ))
+    .unwrap();
+    client
+        .namespace
+        .ip("address add 192.168.9.2/24 dev eth1\naddress add fd00:9::2/64 dev eth1 nodad\nlink set eth1 up\n")
+        .unwrap();
+    for (external, next_hop) in externals().into_iter().zip(["192.168.9.2", "fd00:9::2"]) {
+        let at_other = Capture::start(&client.namespace, "eth1").unwrap();
+        let address = client.address(external).to_string();
+        // Of packets from the external address alone, as they are to be.
+        let family = if external.is_ipv4() { "-4" } else { "-6" };
+        let rule = [family, "rule", "add", "from", &external.to_string(), "lookup", "100"];
+        let _ = scenario.on_node("ip", &rule);
+        let route = [family, "route", "add", &address, "via", next_hop, "dev", "other0", "table", "100"];
+        let _ = scenario.on_node("ip", &route);
+        let _talk = Talk::begin(&scenario, external);
+        let answer = |packet: &Packet| packet.source == external && packet.protocol == protocol::UDP;
+        assert!(at_other.wait_for(PATIENCE, Direction::In, answer).is_some());
+    }
+}
+
+#[test]
+fn a_pod_with_the_address_of_another_does_not_get_past_the_filters_of_its_link() {
+    skip_unless_root!();
+    let scenario = scenario(&LabSpec::unique());
+    nft(&scenario, REVERSE_PATH_FILTER);
+    for external in externals() {
+        let talk = Talk::begin(&scenario, external);
+        let other = &scenario.lab.pods.iter().find(|pod| pod.host.name != talk.pod.name).unwrap().host;
+        let at_client = scenario.lab.client.capture().unwrap();
+        other.send(&[talk.answer(77)]).unwrap();
+        let leaked = |packet: &Packet| [talk.at_pod.ip(), external].contains(&packet.source);
+        assert_eq!(at_client.wait_for(SILENCE, Direction::In, leaked), None);
+        talk.pod.send(&[talk.answer(78)]).unwrap();
+        talk.receives(78);
+    }
+}
+
+#[test]
+fn nothing_is_lost_while_the_delivery_changes() {
+    skip_unless_root!();
+    let mut scenario = scenario(&LabSpec::unique());
+    let plain = fs::read_to_string(scenario.path("service.yaml")).unwrap();
+    let mut port = 43_000;
+    for external in externals() {
+        let mut connections = vec![Connection::open(&scenario, external, port)];
+        let (sent, lost) = lost_during(&mut scenario, external, |scenario| {
+            for delivery in ["stack", "direct", "stack", "direct"] {
+                let annotation = format!("  annotations: {{proxier.io/delivery: {delivery}}}\n  labels:");
+                scenario.write("service.yaml", &plain.replacen("  labels:", &annotation, 1));
+                let arrived = wait::until(EDIT_TAKES_EFFECT_WITHIN, || {
+                    link_pods(scenario, PodNetwork::PointToPoint, POD_HAS_PEER);
+                    port += 1;
+                    let question = scenario.question(Protocol::Udp, port, external, PORT);
+                    question.ask_who(&scenario.lab.client).unwrap().unwrap();
+                    let flows = deliveries(scenario);
+                    let (_, chosen) = flows.iter().find(|(key, _)| key.peer_port == port.to_be()).unwrap();
+                    (is_direct(*chosen) == (delivery == "direct")).then_some(())
+                });
+                assert!(arrived.is_some(), "new conversations do not become {delivery}");
+                port += 1;
+                connections.push(Connection::open(scenario, external, port));
+                for connection in &mut connections {
+                    connection.goes_on(delivery);
+                }
+            }
+        });
+        assert!(sent > 100, "only {sent} datagrams were sent");
+        assert!(lost.is_empty(), "{} of {sent} datagrams to {external} were lost: {lost:?}", lost.len());
+        let kinds: BTreeSet<bool> = deliveries(&scenario).iter().map(|(_, kind)| is_direct(*kind)).collect();
+        assert_eq!(kinds.len(), 2, "both kinds side by side");
+    }
+}
+
+/// That conntrack knows of nothing is worth something only if it would be seen.
+#[test]
+fn the_stack_tracks_what_goes_through_it() {
+    skip_unless_root!();
+    let scenario = Scenario::start(&LabSpec::unique(), &[]);
+    nft(&scenario, USUAL_RULES);
+    for external in externals() {
+        let pod = scenario.pod_of(scenario.lab.client.address(external), external);
+        assert!(!tracked(&scenario, pod.local.ip()).is_empty());
+    }
 }

@@ -72,19 +72,20 @@ fn from_pod(mut packet: Skb<'_, ETHERNET_HEADER>, is_genuine: fn(&TcContext) -> 
             return code::<ETHERNET_HEADER>(context, action, HOOK);
         }
     }
-    match proxier_ebpf::request(&mut packet, &KernelTables, Origin::Pod) {
+    let verdict = match proxier_ebpf::request(&mut packet, &KernelTables, Origin::Pod) {
         Verdict::ToNode => {
             // While the source is the pod's.
             let is_genuine = is_genuine(context);
             match proxier_ebpf::reply(&mut packet, &KernelTables, DELIVERY_NODE) {
                 Verdict::Rewritten if is_genuine => {
-                    code::<ETHERNET_HEADER>(context, redirect::to_node(context), HOOK)
+                    return code::<ETHERNET_HEADER>(context, redirect::to_node(context), HOOK);
                 }
-                verdict => action::<ETHERNET_HEADER>(context, verdict, HOOK, through_stack),
+                verdict => verdict,
             }
         }
-        verdict => action::<ETHERNET_HEADER>(context, verdict, HOOK, through_stack),
-    }
+        verdict => verdict,
+    };
+    action::<ETHERNET_HEADER>(context, verdict, HOOK, through_stack)
 }
 
 /// Sends a pod's reply past the stack. `TC_ACT_UNSPEC` if it is none, or not one that can go so.

@@ -182,15 +182,8 @@ pub(super) fn find_way(context: &TcContext, ends: &Ends<'_>, length: u32, path: 
         }
         None => return Way::None,
     }
-    lookup.total_length = if length > 0xffff { 0xffff } else { (length & 0xffff) as u16 };
     lookup.interface = packet.interface();
-    let mut way = Way::Open;
-    let mut result = look_up(context, &mut lookup);
-    if result == Route::TOO_BIG {
-        way = Way::TooNarrow;
-        lookup.total_length = 1;
-        result = look_up(context, &mut lookup);
-    }
+    let result = look_up(context, &mut lookup);
     if lookup.interface == packet.interface() {
         // Nowhere, or back; or a next hop that Linux before 5.12 does not know and does not name the interface of.
         return Way::None;
@@ -200,11 +193,15 @@ pub(super) fn find_way(context: &TcContext, ends: &Ends<'_>, length: u32, path: 
     let [first, second, third, fourth] = lookup.destination;
     path.next_hop = [lookup.family.into(), first, second, third, fourth];
     match result {
-        Route::FOUND => {
+        Route::FOUND | Route::TOO_BIG => {
             path.addresses = MacAddresses { destination: lookup.destination_mac, source: lookup.source_mac };
-            way
+            // Asked about no length, the kernel compares the packet as it is, and says what the interface takes (Linux 5.12).
+            // Asked about one, it goes by what the node has learnt about the path, which the stack does not when it forwards:
+            // what is too large for the one alone would be sent on by the other, as the pod's.
+            let mtu = u32::from(lookup.total_length);
+            if result == Route::TOO_BIG || mtu != 0 && length > mtu { Way::TooNarrow } else { Way::Open }
         }
-        Route::NO_NEIGHBOUR => way,
+        Route::NO_NEIGHBOUR => Way::Open,
         _ => Way::None,
     }
 }
