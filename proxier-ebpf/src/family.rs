@@ -132,7 +132,8 @@ pub trait Family {
         protocol: u8,
     ) -> Result<(), WriteError>;
 
-    /// Writes an address `at` bytes into the header at `offset`, and mends the header's own checksum.
+    /// Writes an address `at` bytes into the header at `offset` ([`Family::SOURCE`] or [`Family::DESTINATION`]), and mends the
+    /// header's own checksum.
     ///
     /// # Errors
     ///
@@ -186,6 +187,46 @@ const _: () = assert!(size_of::<V4Header>() == 20);
 
 // SAFETY: integers and byte arrays, without holes.
 unsafe impl Plain for V4Header {}
+
+/// What lies in an IPv4 header from the checksum on, for those who write an address: one write is enough for both.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct V4Addresses {
+    checksum: u16,
+    source: [u16; 2],
+    destination: [u16; 2],
+}
+
+// SAFETY: 10 bytes of integers, without holes.
+unsafe impl Plain for V4Addresses {}
+
+impl V4Addresses {
+    /// Where it is in the header.
+    pub const OFFSET: u32 = V4_CHECKSUM;
+
+    /// Replaces the address that is `at` bytes into the header, and mends the checksum by the `difference`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn with(mut self, at: u32, address: Address, difference: u32) -> Self {
+        let [a, b, c, d] = address.v4_octets();
+        let halves = [u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d])];
+        if at == V4::SOURCE {
+            self.source = halves;
+        } else {
+            self.destination = halves;
+        }
+        self.checksum = checksum::apply(self.checksum, difference);
+        self
+    }
+
+    /// As it is written.
+    #[inline(always)]
+    #[must_use]
+    pub const fn bytes(self) -> [u8; 10] {
+        // SAFETY: both types have 10 bytes and every bit pattern is a valid value of both.
+        unsafe { core::mem::transmute(self) }
+    }
+}
 
 impl Family for V4 {
     type Header = V4Header;
@@ -256,8 +297,7 @@ impl Family for V4 {
         address: Address,
         difference: u32,
     ) -> Result<(), WriteError> {
-        packet.adjust_header_checksum(offset + V4_CHECKSUM, difference)?;
-        packet.store_v4_address(offset + at, address)
+        packet.store_v4_address(offset, at, address, difference)
     }
 
     #[inline(always)]

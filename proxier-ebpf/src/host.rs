@@ -14,6 +14,7 @@ use proxier_common::{
 
 use crate::{
     checksum,
+    family::V4Addresses,
     packet::{NetworkHeader, Packet, Plain, Way, WriteError},
     tables::{FlowEntry, InsertError, SessionEntry, Tables},
 };
@@ -129,8 +130,16 @@ impl Packet for HostPacket {
         self.write(offset, &checksum::apply(field, difference).to_ne_bytes())
     }
 
-    fn store_v4_address(&mut self, offset: u32, address: Address) -> Result<(), WriteError> {
-        self.write(offset, &address.v4_octets())
+    fn store_v4_address(
+        &mut self,
+        offset: u32,
+        at: u32,
+        address: Address,
+        difference: u32,
+    ) -> Result<(), WriteError> {
+        let offset = offset + V4Addresses::OFFSET;
+        let old: V4Addresses = self.load(offset).ok_or(WriteError)?;
+        self.write(offset, &old.with(at, address, difference).bytes())
     }
 
     fn store_time_to_live(&mut self, offset: u32, value: u8) -> Result<(), WriteError> {

@@ -118,12 +118,19 @@ pub trait Packet {
     /// [`WriteError`]; this write has not happened.
     fn adjust_header_checksum(&mut self, offset: u32, difference: u32) -> Result<(), WriteError>;
 
-    /// Writes an IPv4 address. The header checksum makes up for it, so a checksum over the whole packet stays.
+    /// Writes an IPv4 address `at` bytes into the header at `offset` ([`V4::SOURCE`](crate::V4) or `DESTINATION`), and mends the
+    /// header's checksum, of which `difference` is the gain. It makes up for the address, so a checksum over the whole packet stays.
     ///
     /// # Errors
     ///
     /// [`WriteError`]; this write has not happened.
-    fn store_v4_address(&mut self, offset: u32, address: Address) -> Result<(), WriteError>;
+    fn store_v4_address(
+        &mut self,
+        offset: u32,
+        at: u32,
+        address: Address,
+        difference: u32,
+    ) -> Result<(), WriteError>;
 
     /// Writes IPv4's time to live. The header checksum makes up for it.
     ///

@@ -109,8 +109,14 @@ impl Packet for Refusing {
         self.if_written(|packet| packet.adjust_header_checksum(offset, difference))
     }
 
-    fn store_v4_address(&mut self, offset: u32, address: Address) -> Result<(), WriteError> {
-        self.if_written(|packet| packet.store_v4_address(offset, address))
+    fn store_v4_address(
+        &mut self,
+        offset: u32,
+        at: u32,
+        address: Address,
+        difference: u32,
+    ) -> Result<(), WriteError> {
+        self.if_written(|packet| packet.store_v4_address(offset, at, address, difference))
     }
 
     fn store_v6_address(&mut self, offset: u32, address: Address) -> Result<(), WriteError> {
@@ -214,7 +220,7 @@ fn a_host_packet_is_not_read_or_written_past_its_end() {
     assert_eq!(packet.store_checksum(19, 0), Err(WriteError));
     assert_eq!(packet.adjust_header_checksum(19, 0), Err(WriteError));
     assert_eq!(packet.adjust_transport_checksum(19, 0, false), Err(WriteError));
-    assert_eq!(packet.store_v4_address(17, Address::UNSPECIFIED), Err(WriteError));
+    assert_eq!(packet.store_v4_address(1, 16, Address::UNSPECIFIED, 0), Err(WriteError));
     assert_eq!(packet.store_v6_address(5, Address::UNSPECIFIED), Err(WriteError));
     assert_eq!(packet, original);
     packet.store_checksum(18, 0).unwrap();

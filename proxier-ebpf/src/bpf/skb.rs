@@ -8,6 +8,7 @@ use aya_ebpf::{
 };
 use proxier_common::Address;
 use proxier_ebpf::{
+    family::V4Addresses,
     packet::{NetworkHeader, Packet, Plain, Way, WriteError},
     verifier,
 };
@@ -217,8 +218,16 @@ impl<const LINK_HEADER: u32> Packet for Skb<'_, LINK_HEADER> {
     }
 
     #[inline(always)]
-    fn store_v4_address(&mut self, offset: u32, address: Address) -> Result<(), WriteError> {
-        self.context.store(offset as usize, &address.v4_octets(), 0).map_err(|_| WriteError)
+    fn store_v4_address(
+        &mut self,
+        offset: u32,
+        at: u32,
+        address: Address,
+        difference: u32,
+    ) -> Result<(), WriteError> {
+        let offset = offset + V4Addresses::OFFSET;
+        let old: V4Addresses = self.load_header(offset).ok_or(WriteError)?;
+        self.context.store(offset as usize, &old.with(at, address, difference), 0).map_err(|_| WriteError)
     }
 
     #[inline(always)]
