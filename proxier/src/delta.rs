@@ -50,6 +50,7 @@ pub use self::{
     leftovers::Departed,
     names::{decode_name, encode_name},
     plan::{Plan, Task},
+    pods::{PodLink, PodLinks},
     sources::{Shortage, SourceRange},
 };
 
@@ -66,7 +67,7 @@ pub enum Step {
     PutMember(MemberKey, MemberValue),
     /// Ends that.
     RemoveMember(MemberKey),
-    /// Says that an address is a pod's, and which external address leads to it.
+    /// Says that an address is a pod's, which external address leads to it, and by which link it is reached directly.
     PutPod(PodKey, PodValue),
     /// Ends that.
     RemovePod(PodKey),

@@ -51,6 +51,8 @@ pub struct Actual {
     slots: BTreeSet<(Address, BackendKey)>,
     /// How many addresses of a Service have a generation of its backends in force.
     generations: BTreeMap<(u32, u32), usize>,
+    /// How many addresses of a Service are flagged as delivered directly.
+    direct: BTreeMap<u32, usize>,
     /// Addresses flagged as the node's own.
     node: BTreeSet<Address>,
     /// What has to be looked at again.
@@ -148,6 +150,9 @@ impl Actual {
                 } else {
                     self.externals.insert((value.service_id, key.external));
                     *self.generations.entry((value.service_id, value.generation)).or_default() += 1;
+                    if value.flags & SERVICE_DIRECT != 0 {
+                        *self.direct.entry(value.service_id).or_default() += 1;
+                    }
                     self.leftovers.services.insert(value.service_id);
                 }
             }
@@ -210,6 +215,14 @@ impl Actual {
             *count -= 1;
             if *count == 0 {
                 self.generations.remove(&(service_id, generation));
+            }
+        }
+        if flags & SERVICE_DIRECT != 0
+            && let Some(count) = self.direct.get_mut(&service_id)
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.direct.remove(&service_id);
             }
         }
         self.leftovers.services.insert(service_id);
@@ -329,6 +342,16 @@ impl Actual {
         let members = self.members.range(member(0, 0)..=member(u32::MAX, u32::MAX));
         let slots = self.slots.range(slot(0)..=slot(u32::MAX)).filter(|(_, key)| self.is_in_force(key));
         members.map(|(key, _)| key.service_id).chain(slots.map(|(_, key)| key.service_id))
+    }
+
+    /// The Services that are delivered directly, by the address that says so or all of them.
+    pub(super) fn direct_services(&self) -> impl Iterator<Item = u32> {
+        self.direct.keys().copied()
+    }
+
+    /// Whether a Service is one of those.
+    pub(super) fn is_direct(&self, service_id: u32) -> bool {
+        self.direct.contains_key(&service_id)
     }
 
     /// Addresses flagged as the node's own.

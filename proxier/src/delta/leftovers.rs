@@ -11,7 +11,11 @@ use std::collections::BTreeSet;
 
 use proxier_common::{Address, ExternalKey, PodKey, SERVICE_IS_NODE, SERVICE_IS_POD, ServiceValue};
 
-use super::{Actual, NO_SERVICE, Step, own_address, pods::Leads, sources};
+use super::{
+    Actual, NO_SERVICE, Step, own_address,
+    pods::{Leads, PodLinks},
+    sources,
+};
 
 /// What has to be looked at again.
 #[derive(Clone, Debug, Default)]
@@ -116,7 +120,7 @@ impl Actual {
     /// Service, and addresses that are pods' no longer; of the pods that stay, those that say what leads to them now. A grace
     /// period goes before them all. Once all of them are carried out, to be told by [`Actual::retired`].
     #[must_use]
-    pub fn retirement(&self) -> Vec<Step> {
+    pub fn retirement(&self, links: &dyn PodLinks) -> Vec<Step> {
         let mut steps = Vec::new();
         let mut ranges = Vec::new();
         let mut addresses = self.leftovers.addresses.clone();
@@ -136,8 +140,11 @@ impl Actual {
             let leads = Leads::in_force(address, self);
             let key = PodKey { pod: address };
             match (self.pods.get(&key), leads) {
-                (Some(value), Some(leads)) if leads.value() != *value => {
-                    steps.push(Step::PutPod(key, leads.value()));
+                (Some(value), Some(leads)) => {
+                    let right = leads.value(self.link_of(address, links));
+                    if right != *value {
+                        steps.push(Step::PutPod(key, right));
+                    }
                 }
                 (Some(_), None) => steps.push(Step::RemovePod(key)),
                 _ => {}

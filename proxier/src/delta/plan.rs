@@ -11,10 +11,10 @@ use super::{
     Actual, NO_SERVICE, Step, decode_name, encode_name, external_key, flags_of,
     names::Ids,
     own_address,
-    pods::Leads,
+    pods::{Leads, PodLinks},
     sources::{self, Shortage},
 };
-use crate::desired::{Desired, DesiredService, Scope, ServiceKey};
+use crate::desired::{Delivery, Desired, DesiredService, Scope, ServiceKey};
 
 /// A part of a [`Plan`]. When one of its steps fails, those after it must not run: they rely on it. Nothing in another
 /// task does.
@@ -46,6 +46,10 @@ pub struct Plan<'a> {
     pub(super) node: BTreeSet<Address>,
     /// All that can lead to each pod of `wanted` before, between and after the steps.
     pub(super) leads: BTreeMap<Address, Leads>,
+    /// Pods of those of `wanted` that are to be delivered directly.
+    pub(super) direct: BTreeSet<Address>,
+    /// Who knows their links.
+    pub(super) links: &'a dyn PodLinks,
     /// How many source ranges fit the tables.
     pub(super) room_for_sources: usize,
     pub(super) tasks: Vec<Task>,
@@ -54,9 +58,10 @@ pub struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    /// Compares the Services of `scope`, and the node's addresses. All others are taken to be as desired already.
+    /// Compares the Services of `scope`, and the node's addresses. All others are taken to be as desired already. What has
+    /// become of pods' `links` beside, [`Actual::relink`] tells.
     #[must_use]
-    pub fn new(desired: &'a Desired, actual: &Actual, scope: &Scope) -> Self {
+    pub fn new(desired: &'a Desired, actual: &Actual, scope: &Scope, links: &'a dyn PodLinks) -> Self {
         let mut ids = Ids::new(actual);
         let mut with_id =
             |key: &'a ServiceKey, service: &'a DesiredService| Some((ids.of(key)?, (key, service)));
@@ -79,8 +84,13 @@ impl<'a> Plan<'a> {
             }
         };
         let owned = wanted.values().flat_map(|(_, service)| &service.externals);
+        let is_direct = |service: &&DesiredService| service.delivery == Delivery::Direct;
+        let direct = wanted.values().map(|(_, service)| *service).filter(is_direct);
+        let direct = direct.flat_map(|service| service.pods.union(&service.draining));
         let mut plan = Self {
             owned: owned.copied().map(external_key).collect(),
+            direct: direct.copied().map(Address::from).collect(),
+            links,
             wanted,
             removed,
             covers_all,
@@ -129,7 +139,7 @@ impl<'a> Plan<'a> {
                 None => Vec::new(),
             },
             Task::Remove(id) => self.removal(id, actual),
-            Task::Retire => actual.retirement(),
+            Task::Retire => actual.retirement(self.links),
             Task::Sweep => {
                 let is_wanted = |step: &Step| match step {
                     // Named by a task that has failed since.
@@ -324,7 +334,12 @@ impl<'a> Plan<'a> {
         let key = PodKey { pod };
         let leads = self.leads.get(&pod).copied().unwrap_or_default();
         let noted = actual.pods.get(&key);
-        let value = noted.map_or(leads, |value| Leads::noted(value).and(leads)).value();
+        let link = if self.direct.contains(&pod) {
+            self.links.link_of(pod)
+        } else {
+            actual.link_of(pod, self.links)
+        };
+        let value = noted.map_or(leads, |value| Leads::noted(value).and(leads)).value(link);
         (noted != Some(&value)).then_some(Step::PutPod(key, value))
     }
 

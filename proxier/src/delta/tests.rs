@@ -5,7 +5,7 @@ use std::{
 
 use ipnet::IpNet;
 use proptest::prelude::*;
-use proxier_common::{Address, MAX_SOURCES, SERVICE_IS_NODE, SERVICE_IS_POD};
+use proxier_common::{Address, MAX_SOURCES, POD_HAS_PEER, SERVICE_IS_NODE, SERVICE_IS_POD};
 
 use super::*;
 use crate::{
@@ -13,6 +13,7 @@ use crate::{
     model::{Family, ObjectName},
 };
 
+mod links;
 mod ranges;
 mod scope;
 
@@ -42,6 +43,20 @@ fn only_from(ranges: &[&str], service: DesiredService) -> DesiredService {
 fn desired<const N: usize>(services: [(ServiceKey, DesiredService); N]) -> Desired {
     let services = services.map(|(key, service)| (key, Arc::new(service)));
     Desired { services: services.into(), ..Desired::default() }
+}
+
+/// Links of pods, by the last byte of their addresses: 104 leads to 11.0.0.4, and its other end is in it, as of all even ones.
+/// To .3 none leads.
+#[derive(Debug)]
+struct Veths;
+
+static VETHS: Veths = Veths;
+
+impl PodLinks for Veths {
+    fn link_of(&self, pod: Address) -> Option<PodLink> {
+        let last = pod.bytes[15];
+        (last != 3).then(|| PodLink { interface: 100 + u32::from(last), has_peer: last % 2 == 0 })
+    }
 }
 
 fn address(text: &str) -> Address {
@@ -104,7 +119,7 @@ fn own_addresses(actual: &Actual) -> BTreeMap<IpAddr, u32> {
 /// Every step, carried out as it comes.
 fn steps(desired: &Desired, actual: &Actual) -> Vec<Step> {
     let mut actual = actual.clone();
-    let plan = Plan::new(desired, &actual, &Scope::All);
+    let plan = Plan::new(desired, &actual, &Scope::All, &VETHS);
     let mut all = Vec::new();
     for task in plan.tasks() {
         for step in plan.steps(*task, &actual) {
@@ -304,7 +319,7 @@ fn a_pod_that_an_interrupted_change_still_leads_to_stays_known() {
     let after = desired([(key("a", Family::V4), service(&["10.0.0.1"], &["11.0.0.2"]))]);
     let mut actual = Actual::default();
     carry_out(&before, &mut actual);
-    let plan = Plan::new(&after, &actual, &Scope::All);
+    let plan = Plan::new(&after, &actual, &Scope::All, &VETHS);
     for task in plan.tasks() {
         for step in plan.steps(*task, &actual) {
             // The switch fails, after the membership has ended.
@@ -325,7 +340,7 @@ fn a_pod_that_an_interrupted_change_still_leads_to_stays_known() {
 /// Carries out one plan of a kernel that has room for so many source ranges. Returns what does not fit, and whether there
 /// was anything to do.
 fn attempt_with_room(room: usize, desired: &Desired, actual: &mut Actual) -> (Vec<Shortage>, bool) {
-    let plan = Plan { room_for_sources: room, ..Plan::new(desired, actual, &Scope::All) };
+    let plan = Plan { room_for_sources: room, ..Plan::new(desired, actual, &Scope::All, &VETHS) };
     let (mut shortages, mut busy) = (Vec::new(), false);
     for task in plan.tasks() {
         shortages.extend(plan.shortage(*task, actual));
@@ -475,7 +490,19 @@ fn assert_says(desired: &Desired, actual: &Actual) {
     assert_eq!(actual.in_force().services, said);
     for (key, pod) in actual.pods.iter().filter(|(_, pod)| pod.external != Address::UNSPECIFIED) {
         let of_service = actual.services[&ExternalKey { external: pod.external }].flags;
-        assert_eq!(pod.flags, of_service & SERVICE_BALANCE_FLOW, "{}", key.pod);
+        let flags = SERVICE_BALANCE_FLOW | SERVICE_DIRECT;
+        assert_eq!(pod.flags & !POD_HAS_PEER, of_service & flags, "{}", key.pod);
+    }
+    for (key, value) in &actual.pods {
+        let mut services = desired.services.values().filter(|service| service.has(key.pod.to_ip()));
+        let is_direct = services.any(|service| service.delivery == Delivery::Direct);
+        let link = VETHS.link_of(key.pod);
+        // One that was direct keeps its link.
+        if is_direct || value.interface != 0 {
+            assert_eq!(value.interface, link.map_or(0, |link| link.interface), "{}", key.pod);
+        }
+        let has_peer = value.interface != 0 && link.is_some_and(|link| link.has_peer);
+        assert_eq!(value.flags & POD_HAS_PEER != 0, has_peer, "{}", key.pod);
     }
     let ranges = desired.services.values().flat_map(|service| &service.sources).map(BTreeSet::len);
     assert_eq!(actual.sources.len(), ranges.sum::<usize>());
@@ -500,11 +527,12 @@ fn any_desired_with_pods_in(nets: std::ops::Range<u8>) -> impl Strategy<Value = 
     let pods = (prop::collection::btree_set(pod(), 0..4), prop::collection::btree_set(pod(), 0..2));
     let node = prop::collection::btree_set((10..12_u8, 1..8_u8), 0..4);
     let sources = prop::option::of(prop::collection::btree_set(0..3_u8, 0..3));
-    let services = prop::collection::vec((pods, 1..3_u32, any::<bool>(), sources), 4);
+    let services = prop::collection::vec((pods, 1..3_u32, any::<[bool; 2]>(), sources), 4);
     (prop::collection::vec(owner, 5), services, node).prop_map(|(owners, services, node)| {
         let node_addresses = node.into_iter().map(|(net, n)| IpAddr::from([net, 0, 0, n])).collect();
         let mut desired = Desired { node_addresses, ..Desired::default() };
-        for (index, ((pods, draining), timeout, flow, sources)) in services.into_iter().enumerate() {
+        for (index, ((pods, draining), timeout, [flow, direct], sources)) in services.into_iter().enumerate()
+        {
             let externals: BTreeSet<IpAddr> = (1..)
                 .zip(&owners)
                 .filter(|(_, owner)| **owner == Some(index))
@@ -522,7 +550,7 @@ fn any_desired_with_pods_in(nets: std::ops::Range<u8>) -> impl Strategy<Value = 
                     affinity_timeout: timeout,
                     no_backend: NoBackend::Drop,
                     balance: if flow { Balance::Flow } else { Balance::Client },
-                    delivery: Delivery::Stack,
+                    delivery: if direct { Delivery::Direct } else { Delivery::Stack },
                     sources: sources.map(|nets| {
                         nets.into_iter().map(|n| format!("192.0.{n}.0/24").parse().unwrap()).collect()
                     }),
@@ -551,7 +579,7 @@ proptest! {
             for (key, service) in &desired.services {
                 asked_for.entry(key).or_default().push(&service.sources);
             }
-            let plan = Plan { room_for_sources: room, ..Plan::new(desired, &actual, &Scope::All) };
+            let plan = Plan { room_for_sources: room, ..Plan::new(desired, &actual, &Scope::All, &VETHS) };
             for task in plan.tasks() {
                 if let (Task::Update(id), Some(_)) = (task, plan.shortage(*task, &actual)) {
                     asked_for.entry(plan.wanted[id].0).or_default().push(&nobody);

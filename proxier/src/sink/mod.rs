@@ -7,6 +7,8 @@ pub mod exec;
 pub mod export;
 pub mod json;
 
+use std::net::IpAddr;
+
 use thiserror::Error;
 
 use crate::{
@@ -62,6 +64,26 @@ pub struct Condition {
     pub interfaces: Vec<Attached>,
     /// Whether the tables that it writes are those that are pinned.
     pub pinned: bool,
+    /// How pods of Services that are delivered directly are reached.
+    pub direct: DirectDelivery,
+}
+
+/// How pods of Services that are delivered directly are reached. Empty if there are none.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DirectDelivery {
+    /// How many directly.
+    pub reached: usize,
+    /// The others.
+    pub by_stack: Vec<ByStack>,
+}
+
+/// A pod to which the node's stack delivers, though its Service asks for direct delivery.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ByStack {
+    /// Its address.
+    pub pod: IpAddr,
+    /// Why, and what to do about it.
+    pub reason: String,
 }
 
 /// An interface that carries the programs.

@@ -77,7 +77,7 @@ fn ranges_that_could_not_all_be_written_never_count() {
     let after = desired([(key("a", Family::V4), only_from(&["192.0.2.0/24", "198.51.100.0/24"], web()))]);
     let mut actual = Actual::default();
     carry_out(&before, &mut actual);
-    let plan = Plan::new(&after, &actual, &Scope::All);
+    let plan = Plan::new(&after, &actual, &Scope::All, &VETHS);
     for task in plan.tasks() {
         for (nth, step) in plan.steps(*task, &actual).iter().enumerate() {
             if matches!(step, Step::PutSource(_)) && nth == 1 {

@@ -141,7 +141,7 @@ impl Node {
 
     /// As the sink does now and then: all that is left but conversations. Returns whether all of it was done.
     fn tidy_up(&mut self, mut fails: impl FnMut() -> bool) -> bool {
-        for step in self.actual.retirement() {
+        for step in self.actual.retirement(&VETHS) {
             if fails() {
                 return false;
             }
@@ -220,7 +220,7 @@ fn rebuilt(actual: &Actual) -> Actual {
 /// What a plan with this scope ends in, once everything is tidied up.
 fn outcome(desired: &Desired, scope: &Scope, actual: &Actual) -> Actual {
     let mut actual = actual.clone();
-    let plan = Plan::new(desired, &actual, scope);
+    let plan = Plan::new(desired, &actual, scope, &VETHS);
     for task in plan.tasks() {
         for step in plan.steps(*task, &actual) {
             actual.apply(&step);
@@ -258,12 +258,12 @@ fn a_pod_that_comes_back_before_it_was_swept_waits_for_that() {
     carry_out(&with, &mut actual);
     actual.retired();
     let scope = difference(&with, &without);
-    let leaves = Plan::new(&without, &actual, &scope);
+    let leaves = Plan::new(&without, &actual, &scope, &VETHS);
     assert_eq!(kinds(&leaves, leaves.pressing(), &mut actual), ["leaves"]);
-    let comes_back = Plan::new(&with, &actual, &scope);
+    let comes_back = Plan::new(&with, &actual, &scope, &VETHS);
     assert_eq!(kinds(&comes_back, comes_back.pressing(), &mut actual), ["grace", "sweep", "joins"]);
     // What both have left behind, in one go.
-    let left = actual.retirement();
+    let left = actual.retirement(&VETHS);
     let graces = left.iter().filter(|step| **step == Step::Grace).count();
     let backends = left.iter().filter(|step| matches!(step, Step::RemoveBackend(_))).count();
     assert_eq!((graces, backends), (1, 3), "{left:?}");
@@ -281,7 +281,7 @@ fn a_pod_that_leaves_one_service_for_another_is_swept_at_once() {
     let after = state(&[], &["11.0.0.1"]);
     let mut actual = Actual::default();
     carry_out(&before, &mut actual);
-    let plan = Plan::new(&after, &actual, &difference(&before, &after));
+    let plan = Plan::new(&after, &actual, &difference(&before, &after), &VETHS);
     let kinds = kinds(&plan, plan.pressing(), &mut actual);
     assert_eq!(kinds, ["leaves", "joins", "grace", "retires", "sweep"]);
 }
@@ -300,7 +300,7 @@ fn a_sweep_waits_for_packets_on_their_way_even_if_nothing_is_retired() {
     let after = state(service(&["10.0.0.1"], &[]));
     let mut actual = Actual::default();
     carry_out(&before, &mut actual);
-    let plan = Plan::new(&after, &actual, &difference(&before, &after));
+    let plan = Plan::new(&after, &actual, &difference(&before, &after), &VETHS);
     assert_eq!(kinds(&plan, plan.tasks(), &mut actual), ["leaves", "grace", "sweep"]);
 }
 
@@ -318,7 +318,7 @@ fn a_plan_looks_at_its_scope_alone() {
     let mut actual = Actual::default();
     carry_out(&before, &mut actual);
     let scope = Scope::Only([key("s2", Family::V4)].into());
-    let plan = Plan::new(&after, &actual, &scope);
+    let plan = Plan::new(&after, &actual, &scope, &VETHS);
     assert_eq!(plan.tasks(), [Task::Node, Task::Update(2), Task::Retire, Task::Sweep]);
     let changed = outcome(&after, &scope, &actual).in_force();
     for (name, state) in [("s1", &before), ("s2", &after), ("s3", &before)] {
@@ -347,7 +347,7 @@ proptest! {
             assert_says(desired, &in_one_go);
             prop_assert_eq!(said(&in_one_go), said(&outcome(desired, &Scope::All, &node.actual)));
 
-            let plan = Plan::new(desired, &node.actual, &scope);
+            let plan = Plan::new(desired, &node.actual, &scope, &VETHS);
             let tasks = if *tidies { plan.tasks() } else { plan.pressing() };
             worked = node.carry_out(&plan, tasks, &mut fails);
             if *tidies {
@@ -368,7 +368,7 @@ proptest! {
         // Nothing fails any more, and nothing is left for later.
         node.plans += 1;
         let scope = if worked { difference(&before, &before) } else { Scope::All };
-        let plan = Plan::new(&before, &node.actual, &scope);
+        let plan = Plan::new(&before, &node.actual, &scope, &VETHS);
         prop_assert!(node.carry_out(&plan, plan.pressing(), || false));
         prop_assert!(node.tidy_up(|| false));
         if let Some(found) = sweep {
@@ -386,6 +386,6 @@ proptest! {
             prop_assert!(node.actual.keeps(*pod, *external), "{} by {} goes on", pod, external);
         }
         prop_assert_eq!(&rebuilt(&node.actual), &node.actual);
-        prop_assert_eq!(node.actual.retirement(), []);
+        prop_assert_eq!(node.actual.retirement(&VETHS), []);
     }
 }

@@ -7,37 +7,44 @@ use std::{
     collections::BTreeSet,
     fs::{self, File, TryLockError},
     io,
+    net::IpAddr,
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, bail};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel, programs::Program};
+use proxier_common::Address;
 use tokio::{runtime::Handle, sync::watch, task};
 
 use self::{
     attach::{Method, Role},
+    delivery::Tale,
     events::Events,
     expiry::Expiry,
+    reach::{Programs, Reach},
     sweeper::Sweeper,
     tables::{TableError, Tables},
-    uplinks::{Interface, View},
+    uplinks::{Interface, LinkHeader, View},
     versions::Version,
 };
 use super::{Attached, Condition, Failure, Incomplete, Sink, Snapshot};
 use crate::{
     delta::{Actual, Plan, Step},
-    desired::{Desired, Scope},
+    desired::{Delivery, Desired, DesiredService, Scope},
     model::{Family, ObjectName},
 };
 
 mod attach;
 mod clock;
+mod delivery;
 mod events;
 mod evictions;
 mod expiry;
 pub mod inspect;
 mod preflight;
+mod reach;
 mod scan;
 mod sweeper;
 mod tables;
@@ -80,8 +87,8 @@ pub struct Options {
     pub pin_path: PathBuf,
     /// How to attach.
     pub attach: AttachMode,
-    /// Whether pods and processes of this node are clients too: pods' links are then watched and attached to, and the programs
-    /// look at what the node itself sends (`NODE_CLIENTS`).
+    /// Whether pods and processes of this node are clients too: all pods' links are then attached to, not only those by which
+    /// packets are delivered directly, and the programs look at what the node itself sends (`NODE_CLIENTS`).
     pub local_clients: bool,
 }
 
@@ -108,11 +115,21 @@ pub struct BpfSink {
     /// When the programs were last put in their places.
     attached_at: Instant,
     local_clients: bool,
+    /// How pods are reached past the stack, given what is attached.
+    reach: Arc<Reach>,
+    /// Interfaces on which programs have to be for that.
+    direct_links: BTreeSet<u32>,
+    /// Whether the tables say so.
+    linked: bool,
+    /// What is told of it.
+    tale: Tale,
     /// Interfaces that could not be attached to, as reported: said once, tried again every second.
     refused: BTreeSet<Interface>,
     reported_missing: BTreeSet<String>,
     without_uplink: bool,
     without_forwarding: BTreeSet<Family>,
+    /// Families of which the node forwards no packets, used or not.
+    not_forwarding: BTreeSet<Family>,
     pins_lost: bool,
     /// Versions of proxier whose programs may be attached beside ours.
     others: Vec<Version>,
@@ -171,16 +188,21 @@ impl BpfSink {
             attached: BTreeSet::new(),
             attached_at: Instant::now(),
             local_clients,
+            reach: Arc::default(),
+            direct_links: BTreeSet::new(),
+            linked: true,
+            tale: Tale::default(),
             refused: BTreeSet::new(),
             reported_missing: BTreeSet::new(),
             without_uplink: false,
             without_forwarding: BTreeSet::new(),
+            not_forwarding: not_forwarding(),
             pins_lost: false,
             others,
             _lock: lock,
         };
         let view = sink.view.borrow_and_update().clone();
-        sink.follow(&view);
+        sink.follow(&view)?;
         Ok(sink)
     }
 
@@ -216,7 +238,7 @@ impl BpfSink {
     fn tidy_up(&mut self) -> anyhow::Result<()> {
         self.tidied_at = Some(Instant::now());
         self.refresh()?;
-        self.execute(self.actual.retirement())?;
+        self.execute(self.actual.retirement(&*self.reach))?;
         self.actual.retired();
         if self.sweeper.is_busy() {
             return Ok(());
@@ -242,7 +264,11 @@ impl BpfSink {
     }
 
     /// Attaches to the interfaces of `view` that lead to clients and lets go of those that do not any more.
-    fn follow(&mut self, view: &View) {
+    ///
+    /// # Errors
+    ///
+    /// The tables cannot be told by which links pods are reached now. To be tried again.
+    fn follow(&mut self, view: &View) -> anyhow::Result<()> {
         for name in view.missing.difference(&self.reported_missing) {
             let present: BTreeSet<String> = view.interfaces.iter().map(|i| i.name.clone()).collect();
             tracing::warn!(
@@ -252,10 +278,33 @@ impl BpfSink {
             );
         }
         self.reported_missing.clone_from(&view.missing);
-        let wanted = self.wanted(view);
         self.attached.retain(|(interface, _)| view.interfaces.contains(interface));
         self.refused.retain(|interface| view.interfaces.contains(interface));
-        for (interface, role) in wanted {
+        let reach = self.reach(view, &BTreeSet::new());
+        self.direct_links = self.actual.linked_pods().flat_map(|pod| reach.needs(pod.to_ip())).collect();
+        self.attach_wanted(view);
+        // Between two default routes there may be a moment with none: the last uplinks stay.
+        let going = if view.uplinks.is_empty() { BTreeSet::new() } else { self.going(view) };
+        let linked = self.link(self.reach(view, &going));
+        // Until the tables know it, packets go by these links.
+        if linked.is_ok() {
+            self.let_go(view, &going);
+        }
+        let without_uplink = !self.attached.iter().any(|(_, role)| *role == Role::Uplink);
+        if without_uplink && !self.without_uplink {
+            let wanted = if view.missing.is_empty() {
+                "a default route; or name the interfaces towards clients with --uplink".to_owned()
+            } else {
+                Names(&view.missing).to_string()
+            };
+            tracing::warn!("no uplink: packets from outside are not rewritten; waiting for {wanted}");
+        }
+        self.without_uplink = without_uplink;
+        linked
+    }
+
+    fn attach_wanted(&mut self, view: &View) {
+        for (interface, role) in self.wanted(view) {
             if self.attached.contains(&(interface.clone(), role)) {
                 continue;
             }
@@ -273,20 +322,69 @@ impl BpfSink {
                 }
             }
         }
-        // Between two default routes there may be a moment with none: the last uplinks stay.
-        if !view.uplinks.is_empty() {
-            self.let_go(view);
+    }
+
+    /// How pods are reached, without the programs of the interfaces that are `going`.
+    fn reach(&self, view: &View, going: &BTreeSet<u32>) -> Reach {
+        let mut programs = Programs::default();
+        let mut has_ethernet = false;
+        for (interface, role) in &self.attached {
+            if going.contains(&interface.index) || self.refused.contains(interface) {
+                continue;
+            }
+            match role {
+                Role::Uplink => {
+                    programs.uplinks.insert(interface.index);
+                    has_ethernet |= interface.header == Some(LinkHeader::Ethernet);
+                }
+                Role::PodLink | Role::PodPort => {
+                    programs.pod_links.insert(interface.index);
+                }
+            }
         }
-        let without_uplink = !self.attached.iter().any(|(_, role)| *role == Role::Uplink);
-        if without_uplink && !self.without_uplink {
-            let wanted = if view.missing.is_empty() {
-                "a default route; or name the interfaces towards clients with --uplink".to_owned()
-            } else {
-                Names(&view.missing).to_string()
-            };
-            tracing::warn!("no uplink: packets from outside are not rewritten; waiting for {wanted}");
+        programs.no_ethernet = !programs.uplinks.is_empty() && !has_ethernet;
+        Reach::new(&view.interfaces, view.routes.clone(), &programs, self.not_forwarding.clone())
+    }
+
+    /// Has the tables say how pods are reached now.
+    fn link(&mut self, reach: Reach) -> anyhow::Result<()> {
+        if self.linked && *self.reach == reach {
+            return Ok(());
         }
-        self.without_uplink = without_uplink;
+        self.reach = Arc::new(reach);
+        self.linked = false;
+        self.refresh()?;
+        self.execute(self.actual.relink(&*self.reach))
+            .context("by which links pods are reached is out of date")?;
+        self.linked = true;
+        Ok(())
+    }
+
+    /// Sees to the links of pods that are about to be reached directly: the first packet that the plan lets through may already
+    /// go so.
+    fn prepare_links(&mut self, desired: &Desired, scope: &Scope) -> anyhow::Result<()> {
+        let services: Vec<&DesiredService> = match scope {
+            Scope::All => desired.services.values().map(|service| &**service).collect(),
+            Scope::Only(keys) => {
+                keys.iter().filter_map(|key| desired.services.get(key)).map(|service| &**service).collect()
+            }
+        };
+        let direct = services.into_iter().filter(|service| service.delivery == Delivery::Direct);
+        let pods: BTreeSet<IpAddr> =
+            direct.flat_map(|service| service.pods.union(&service.draining)).copied().collect();
+        if !pods.is_empty() && self.view.has_changed().unwrap_or_default() {
+            let view = self.view.borrow_and_update().clone();
+            self.follow(&view)?;
+        }
+        let needed: BTreeSet<u32> = pods.iter().flat_map(|pod| self.reach.needs(*pod)).collect();
+        let is_new = !needed.is_subset(&self.direct_links);
+        if !is_new && self.linked && self.reach.is_of(&self.not_forwarding) {
+            return Ok(());
+        }
+        self.direct_links.extend(needed);
+        let view = self.view.borrow().clone();
+        self.attach_wanted(&view);
+        self.link(self.reach(&view, &BTreeSet::new()))
     }
 
     /// Every interface that programs belong on, and as what.
@@ -295,11 +393,13 @@ impl BpfSink {
         let stays = |interface: &Interface| {
             view.uplinks.is_empty() && self.attached.contains(&(interface.clone(), Role::Uplink))
         };
-        let pod_links = view.pod_links.iter().filter(|interface| self.local_clients && !stays(interface));
+        let is_wanted =
+            |interface: &Interface| self.local_clients || self.direct_links.contains(&interface.index);
+        let pod_links = view.pod_links.iter().filter(|interface| is_wanted(interface) && !stays(interface));
         let uplinks = view.uplinks.iter().map(|interface| (interface.clone(), Role::Uplink));
         // Pods first: their replies leave by uplinks as well.
         let role = |interface: &Interface| {
-            if interface.is_bridge_port { Role::PodPort } else { Role::PodLink }
+            if interface.bridge.is_some() { Role::PodPort } else { Role::PodLink }
         };
         pod_links.map(|interface| (interface.clone(), role(interface))).chain(uplinks).collect()
     }
@@ -341,8 +441,8 @@ impl BpfSink {
     /// Says so when the node does not forward packets of a family that is in use.
     fn look_after_forwarding(&mut self, desired: &Desired) {
         let families: BTreeSet<Family> = desired.services.keys().map(|key| key.family).collect();
-        let without: BTreeSet<Family> =
-            families.into_iter().filter(|family| !preflight::forwards(*family)).collect();
+        self.not_forwarding = not_forwarding();
+        let without: BTreeSet<Family> = families.intersection(&self.not_forwarding).copied().collect();
         for family in without.difference(&self.without_forwarding) {
             let parameter = preflight::forwarding_parameter(*family);
             tracing::warn!(
@@ -373,14 +473,18 @@ impl BpfSink {
         }
     }
 
-    fn let_go(&mut self, view: &View) {
+    /// Indices of interfaces that carry programs and are to carry none.
+    fn going(&self, view: &View) -> BTreeSet<u32> {
         let wanted: BTreeSet<u32> =
             self.wanted(view).into_iter().map(|(interface, _)| interface.index).collect();
         let pinned = attach::pinned(&self.pin_path);
         let attached = self.attached.iter().map(|(interface, _)| interface.index);
-        let gone: BTreeSet<u32> =
-            pinned.into_iter().chain(attached).filter(|index| !wanted.contains(index)).collect();
-        for index in gone {
+        pinned.into_iter().chain(attached).filter(|index| !wanted.contains(index)).collect()
+    }
+
+    fn let_go(&mut self, view: &View, going: &BTreeSet<u32>) {
+        for index in going {
+            let index = *index;
             let interface = view.interfaces.iter().find(|interface| interface.index == index);
             let detached = match interface {
                 Some(interface) => attach::detach(&self.pin_path, interface),
@@ -407,11 +511,15 @@ impl Sink for BpfSink {
         self.look_after_forwarding(snapshot.desired);
         self.refresh()?;
         let mut failures = Vec::new();
+        let scope = if self.incomplete { &Scope::All } else { snapshot.scope };
+        if let Err(error) = self.prepare_links(snapshot.desired, scope) {
+            failures.push(Failure::of("links of pods".to_owned(), None, &error));
+        }
         if let Err(error) = self.look_after_sweep() {
             failures.push(Failure::of("flows and sessions of what went".to_owned(), None, &error));
         }
-        let scope = if self.incomplete { &Scope::All } else { snapshot.scope };
-        let plan = Plan::new(snapshot.desired, &self.actual, scope);
+        let reach = Arc::clone(&self.reach);
+        let plan = Plan::new(snapshot.desired, &self.actual, scope, &*reach);
         let mut shortages = Vec::new();
         for task in plan.pressing() {
             if let Some(shortage) = plan.shortage(*task, &self.actual) {
@@ -448,7 +556,8 @@ impl Sink for BpfSink {
             interface: interface.name.clone(),
             is_uplink: *role == Role::Uplink,
         });
-        Some(Condition { interfaces: interfaces.collect(), pinned: !self.pins_lost })
+        let direct = self.tale.report();
+        Some(Condition { interfaces: interfaces.collect(), pinned: !self.pins_lost, direct })
     }
 
     fn in_force(&self) -> Desired {
@@ -456,17 +565,23 @@ impl Sink for BpfSink {
     }
 
     fn tick(&mut self) -> anyhow::Result<()> {
+        let mut followed = Ok(());
         if self.view.has_changed().context("uplinks are no longer followed (netlink)")? {
             let view = self.view.borrow_and_update().clone();
-            self.follow(&view);
-        } else if !self.refused.is_empty() {
+            followed = self.follow(&view);
+        } else if !self.refused.is_empty() || !self.linked {
             let view = self.view.borrow().clone();
-            self.follow(&view);
+            followed = self.follow(&view);
         }
         if self.attached_at.elapsed() >= ATTACH_AGAIN {
             self.attach_again();
             self.look_after_pins();
+            self.not_forwarding = not_forwarding();
+            let view = self.view.borrow().clone();
+            followed = self.link(self.reach(&view, &BTreeSet::new()));
         }
+        self.tale.look(self.actual.direct_pods().map(Address::to_ip), &self.reach);
+        followed?;
         self.refresh()?;
         self.look_after_sweep()?;
         if self.tidied_at.is_some_and(|at| at.elapsed() >= BETWEEN_TIDYINGS) {
@@ -474,6 +589,11 @@ impl Sink for BpfSink {
         }
         Ok(())
     }
+}
+
+/// The families of which the node forwards no packets.
+fn not_forwarding() -> BTreeSet<Family> {
+    Family::ALL.into_iter().filter(|family| !preflight::forwards(*family)).collect()
 }
 
 impl Failure {

@@ -1,126 +1,442 @@
 //! Whether packets can go to a pod past the node's stack, and by which link: what direct delivery needs to know of the node
-//! (docs/decisions/017). Pure; the routes and interfaces come from `uplinks`.
+//! (docs/decisions/017). Pure; the routes and interfaces come from `uplinks`, where the programs are from `attach`.
 
-use std::{fmt, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::IpAddr,
+};
 
 use ipnet::IpNet;
+use proxier_common::Address;
 
-/// A route of the node's main table.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+use super::{preflight, uplinks::Interface};
+use crate::{
+    delta::{PodLink, PodLinks},
+    model::Family,
+};
+
+/// A route of the node's main table, or one to an address of its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Route {
     /// Where it leads.
     pub(super) destination: IpNet,
-    /// By which links; several with multiple paths.
-    pub(super) links: Vec<u32>,
+    /// By what.
+    pub(super) target: Target,
+    /// Of several to the same destination the lowest counts.
+    pub(super) priority: u32,
 }
 
-/// What a link is to direct delivery.
+/// By what a route leads somewhere.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Link {
-    pub(super) index: u32,
-    pub(super) name: String,
-    pub(super) kind: Kind,
+pub(super) enum Target {
+    /// To the node itself.
+    Node,
+    /// By these links; by none if the packets are to be thrown away.
+    Links(BTreeSet<u32>),
+}
+
+/// The routes that can tell how pods are reached.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Routes(BTreeMap<IpNet, Target>);
+
+impl Routes {
+    /// Of all routes those that lead elsewhere than by `uplinks`, and the exceptions of these: a node that speaks BGP may have a
+    /// million others.
+    pub(super) fn new(routes: Vec<Route>, uplinks: &BTreeSet<u32>) -> Self {
+        let is_elsewhere = |route: &Route| match &route.target {
+            Target::Node => true,
+            Target::Links(links) => links.is_empty() || !links.is_subset(uplinks),
+        };
+        let (elsewhere, by_uplink): (Vec<Route>, Vec<Route>) = routes.into_iter().partition(is_elsewhere);
+        let mut kept = Self::default();
+        let mut priorities = BTreeMap::new();
+        for route in elsewhere {
+            kept.add(route, &mut priorities);
+        }
+        let exceptions: Vec<Route> =
+            by_uplink.into_iter().filter(|route| kept.has_around(route.destination)).collect();
+        for route in exceptions {
+            kept.add(route, &mut priorities);
+        }
+        kept
+    }
+
+    fn add(&mut self, route: Route, priorities: &mut BTreeMap<IpNet, u32>) {
+        let Route { destination, target, priority } = route;
+        // The table of the node's own addresses is asked first.
+        let priority = if target == Target::Node { 0 } else { priority };
+        match (self.0.get_mut(&destination), target) {
+            (Some(Target::Links(known)), Target::Links(more)) if priorities[&destination] == priority => {
+                // The hops of one, told one by one.
+                known.extend(more);
+            }
+            (Some(Target::Node), _) => {}
+            (Some(_), Target::Links(_)) if priorities[&destination] < priority => {}
+            (_, target) => {
+                self.0.insert(destination, target);
+                priorities.insert(destination, priority);
+            }
+        }
+    }
+
+    /// Whether there is a route to the same network, or to one that holds it; a default route is none.
+    fn has_around(&self, net: IpNet) -> bool {
+        self.matching(net.network(), net.prefix_len()).any(|(net, _)| net.prefix_len() != 0)
+    }
+
+    /// The most specific route to an address.
+    fn to(&self, address: IpAddr) -> Option<&Target> {
+        let length = if address.is_ipv4() { 32 } else { 128 };
+        self.matching(address, length).map(|(_, target)| target).next()
+    }
+
+    /// The routes to networks around an address, from those of this length on, the most specific first.
+    fn matching(&self, address: IpAddr, length: u8) -> impl Iterator<Item = (IpNet, &Target)> {
+        (0..=length).rev().filter_map(move |length| {
+            let net = IpNet::new(address, length).ok()?.trunc();
+            Some((net, self.0.get(&net)?))
+        })
+    }
 }
 
 /// Which kind of link.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
-    /// The node's end of a pod's own, with the programs on it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Of a pod's own.
     OfPod,
-    /// The same, without.
-    OfPodBare,
-    /// A bridge, with the programs on all of its ports that lead to pods.
-    Bridge,
-    /// A bridge with a pod's port that lacks them.
-    BridgeBare,
+    /// A bridge with pods on these of its ports.
+    Bridge(BTreeSet<u32>),
+    /// One towards clients.
+    Uplink,
     /// Anything else.
     Other,
 }
 
-/// How a pod is reached.
+/// What a link is to direct delivery.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Reach {
-    /// Straight into the other end of this link.
-    Peer(u32),
-    /// Out by this link.
-    Link(u32),
-    /// Through the node's stack only.
-    Stack(Obstacle),
+struct Link {
+    name: String,
+    kind: Kind,
+    /// Whether the programs of a pod's link are on it.
+    has_programs: bool,
+}
+
+/// What programs are on which interfaces.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Programs {
+    /// Those of uplinks.
+    pub(super) uplinks: BTreeSet<u32>,
+    /// Those of pods' links and ports.
+    pub(super) pod_links: BTreeSet<u32>,
+    /// Whether, of the uplinks, there are some, and none has an Ethernet header.
+    pub(super) no_ethernet: bool,
+}
+
+/// How pods are reached, at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Reach {
+    routes: Routes,
+    links: BTreeMap<u32, Link>,
+    no_ethernet: bool,
+    not_forwarding: BTreeSet<Family>,
 }
 
 /// Why a pod is not reached directly.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Obstacle {
+    NotForwarding(Family),
+    NoEthernet,
     NoRoute,
+    OfNode,
     SeveralLinks,
-    Bare(String),
+    Uplink(String),
     NoPodLink(String),
+    Bare(String),
 }
 
 impl fmt::Display for Obstacle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NoRoute => f.write_str("no route of the main table leads to it"),
-            Self::SeveralLinks => f.write_str("its route has several links"),
-            Self::Bare(link) => write!(f, "the programs are not on its link {link}"),
-            Self::NoPodLink(link) => {
-                write!(f, "{link}, to which its route leads, is neither a pod's own link nor a bridge")
+            Self::NotForwarding(family) => {
+                let parameter = preflight::forwarding_parameter(*family);
+                write!(f, "{parameter} is 0: run `sysctl -w {parameter}=1`")
+            }
+            Self::NoEthernet => {
+                f.write_str("no uplink has Ethernet headers, which a packet needs to go into a pod")
+            }
+            Self::NoRoute => {
+                f.write_str("no route of the main table leads to it but by an uplink: see `ip route get`")
+            }
+            Self::OfNode => {
+                f.write_str("its address is the node's own, which nothing but the stack delivers to")
+            }
+            Self::SeveralLinks => f.write_str("its route has several links: see `ip route get`"),
+            Self::Uplink(link) => write!(f, "its route leads to {link}, which is an uplink"),
+            Self::NoPodLink(link) => write!(
+                f,
+                "its route leads to {link}, which is neither a pod's own link (veth, netkit) nor a bridge with such: this \
+                 pod network knows no direct delivery"
+            ),
+            Self::Bare(link) => {
+                write!(f, "the programs are not on its link {link} yet; if that lasts, the log says why")
             }
         }
     }
 }
 
-/// How `pod` is reached. `has_peer_redirect`: whether the kernel has `bpf_redirect_peer` (Linux 5.10).
-pub(super) fn reach(pod: IpAddr, routes: &[Route], links: &[Link], has_peer_redirect: bool) -> Reach {
-    let to_pod = routes.iter().filter(|route| route.destination.contains(&pod));
-    let Some(route) = to_pod.max_by_key(|route| route.destination.prefix_len()) else {
-        return Reach::Stack(Obstacle::NoRoute);
-    };
-    let [index] = route.links[..] else {
-        return Reach::Stack(Obstacle::SeveralLinks);
-    };
-    let Some(link) = links.iter().find(|link| link.index == index) else {
-        return Reach::Stack(Obstacle::NoRoute);
-    };
-    match link.kind {
-        Kind::OfPod if has_peer_redirect => Reach::Peer(index),
-        Kind::OfPod | Kind::Bridge => Reach::Link(index),
-        Kind::OfPodBare | Kind::BridgeBare => Reach::Stack(Obstacle::Bare(link.name.clone())),
-        Kind::Other => Reach::Stack(Obstacle::NoPodLink(link.name.clone())),
+impl Reach {
+    pub(super) fn new(
+        interfaces: &[Interface],
+        routes: Routes,
+        programs: &Programs,
+        not_forwarding: BTreeSet<Family>,
+    ) -> Self {
+        let link = |interface: &Interface| {
+            let Interface { index, name, leads_to_pod, is_bridge, bridge, .. } = interface;
+            let ports = || {
+                let ports = interfaces.iter().filter(|port| port.leads_to_pod && port.bridge == Some(*index));
+                ports.map(|port| port.index).collect::<BTreeSet<u32>>()
+            };
+            let kind = if programs.uplinks.contains(index) {
+                Kind::Uplink
+            } else if *leads_to_pod && bridge.is_none() {
+                Kind::OfPod
+            } else if *is_bridge && !ports().is_empty() {
+                Kind::Bridge(ports())
+            } else {
+                Kind::Other
+            };
+            let has_programs = programs.pod_links.contains(index);
+            (*index, Link { name: name.clone(), kind, has_programs })
+        };
+        let links = interfaces.iter().map(link).collect();
+        Self { routes, links, no_ethernet: programs.no_ethernet, not_forwarding }
+    }
+
+    /// Whether it takes these families for those that the node does not forward.
+    pub(super) fn is_of(&self, not_forwarding: &BTreeSet<Family>) -> bool {
+        self.not_forwarding == *not_forwarding
+    }
+
+    /// The link by which `pod` is reached past the node's stack.
+    pub(super) fn of(&self, pod: IpAddr) -> Result<PodLink, Obstacle> {
+        let family = Family::of(pod);
+        if self.not_forwarding.contains(&family) {
+            return Err(Obstacle::NotForwarding(family));
+        }
+        if self.no_ethernet {
+            return Err(Obstacle::NoEthernet);
+        }
+        let (interface, link) = self.route_to(pod)?;
+        let bare = match &link.kind {
+            Kind::OfPod => (!link.has_programs).then_some(link),
+            // Its packets come in by any of them.
+            Kind::Bridge(ports) => {
+                let mut ports = ports.iter().filter_map(|port| self.links.get(port));
+                ports.find(|port| !port.has_programs)
+            }
+            Kind::Uplink => return Err(Obstacle::Uplink(link.name.clone())),
+            Kind::Other => return Err(Obstacle::NoPodLink(link.name.clone())),
+        };
+        match bare {
+            Some(bare) => Err(Obstacle::Bare(bare.name.clone())),
+            // Every kernel that proxier supports has `bpf_redirect_peer`.
+            None => Ok(PodLink { interface, has_peer: link.kind == Kind::OfPod }),
+        }
+    }
+
+    /// The links at which the programs have to be so that `pod` can be reached.
+    pub(super) fn needs(&self, pod: IpAddr) -> BTreeSet<u32> {
+        match self.route_to(pod) {
+            Ok((interface, Link { kind: Kind::OfPod, .. })) => BTreeSet::from([interface]),
+            Ok((_, Link { kind: Kind::Bridge(ports), .. })) => ports.clone(),
+            _ => BTreeSet::new(),
+        }
+    }
+
+    fn route_to(&self, pod: IpAddr) -> Result<(u32, &Link), Obstacle> {
+        let links = match self.routes.to(pod) {
+            None => return Err(Obstacle::NoRoute),
+            Some(Target::Node) => return Err(Obstacle::OfNode),
+            Some(Target::Links(links)) => links,
+        };
+        let mut links = links.iter();
+        match (links.next(), links.next()) {
+            (Some(index), None) => {
+                let link = self.links.get(index).ok_or(Obstacle::NoRoute)?;
+                Ok((*index, link))
+            }
+            (Some(_), Some(_)) => Err(Obstacle::SeveralLinks),
+            (None, _) => Err(Obstacle::NoRoute),
+        }
+    }
+}
+
+impl PodLinks for Reach {
+    fn link_of(&self, pod: Address) -> Option<PodLink> {
+        self.of(pod.to_ip()).ok()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sink::bpf::uplinks::LinkHeader;
 
-    fn route(destination: &str, links: &[u32]) -> Route {
-        Route { destination: destination.parse().unwrap(), links: links.to_vec() }
+    fn by(destination: &str, links: &[u32]) -> Route {
+        let target = Target::Links(links.iter().copied().collect());
+        Route { destination: destination.parse().unwrap(), target, priority: 0 }
     }
 
-    fn link(index: u32, kind: Kind) -> Link {
-        Link { index, name: format!("link{index}"), kind }
+    fn interface(index: u32) -> Interface {
+        Interface {
+            index,
+            name: format!("link{index}"),
+            header: Some(LinkHeader::Ethernet),
+            leads_to_pod: false,
+            is_bridge: false,
+            bridge: None,
+        }
+    }
+
+    fn of_pod(index: u32) -> Interface {
+        Interface { leads_to_pod: true, ..interface(index) }
+    }
+
+    /// An uplink, 1; links of pods, 2 to 4, the last one without programs; two bridges, 5 with the ports 6 and 7, and 8 with 9
+    /// and 10, the latter without programs; 11, another one; a bridge without pods, 12.
+    fn interfaces() -> Vec<Interface> {
+        let bridge = |index| Interface { is_bridge: true, ..interface(index) };
+        let port = |index, bridge| Interface { bridge: Some(bridge), ..of_pod(index) };
+        vec![
+            interface(1),
+            of_pod(2),
+            of_pod(3),
+            of_pod(4),
+            bridge(5),
+            port(6, 5),
+            port(7, 5),
+            bridge(8),
+            port(9, 8),
+            port(10, 8),
+            interface(11),
+            bridge(12),
+        ]
+    }
+
+    fn programs() -> Programs {
+        Programs { uplinks: [1].into(), pod_links: [2, 3, 6, 7, 9].into(), no_ethernet: false }
+    }
+
+    fn reach_by(routes: Vec<Route>) -> Reach {
+        let routes = Routes::new(routes, &BTreeSet::from([1]));
+        Reach::new(&interfaces(), routes, &programs(), BTreeSet::new())
+    }
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    fn peer(interface: u32) -> Result<PodLink, Obstacle> {
+        Ok(PodLink { interface, has_peer: true })
     }
 
     #[test]
     fn the_most_specific_route_says_which_link_leads_to_a_pod() {
-        let routes = [route("0.0.0.0/0", &[1]), route("11.0.0.0/16", &[2]), route("11.0.0.5/32", &[3])];
-        let links = [link(1, Kind::Other), link(2, Kind::Bridge), link(3, Kind::OfPod)];
-        let reach = |pod: &str, peer| reach(pod.parse().unwrap(), &routes, &links, peer);
-        assert_eq!(reach("11.0.0.5", true), Reach::Peer(3));
-        assert_eq!(reach("11.0.0.5", false), Reach::Link(3), "before Linux 5.10");
-        assert_eq!(reach("11.0.0.6", true), Reach::Link(2));
-        assert_eq!(reach("12.0.0.1", true), Reach::Stack(Obstacle::NoPodLink("link1".to_owned())));
-        assert_eq!(reach("1100::1", true), Reach::Stack(Obstacle::NoRoute));
+        let reach = reach_by(vec![
+            by("0.0.0.0/0", &[1]),
+            by("11.0.0.0/16", &[5]),
+            by("11.0.0.5/32", &[3]),
+            by("1100::5/128", &[2]),
+            by("11.0.7.0/24", &[1]),
+        ]);
+        assert_eq!(reach.of(ip("11.0.0.5")), peer(3));
+        assert_eq!(reach.of(ip("1100::5")), peer(2));
+        assert_eq!(reach.of(ip("11.0.0.6")), Ok(PodLink { interface: 5, has_peer: false }));
+        assert_eq!(reach.of(ip("11.0.7.1")), Err(Obstacle::Uplink("link1".to_owned())), "an exception");
+        assert_eq!(reach.of(ip("12.0.0.1")), Err(Obstacle::NoRoute));
+        assert_eq!(reach.of(ip("1100::1")), Err(Obstacle::NoRoute));
     }
 
     #[test]
-    fn a_pod_whose_link_lacks_the_programs_or_is_not_one_is_reached_through_the_stack() {
-        let routes = [route("11.0.0.1/32", &[1, 2]), route("11.0.0.2/32", &[2]), route("11.0.0.3/32", &[3])];
-        let links = [link(1, Kind::OfPod), link(2, Kind::OfPodBare), link(3, Kind::BridgeBare)];
-        let reach = |pod: &str| reach(pod.parse().unwrap(), &routes, &links, true);
-        assert_eq!(reach("11.0.0.1"), Reach::Stack(Obstacle::SeveralLinks));
-        assert_eq!(reach("11.0.0.2"), Reach::Stack(Obstacle::Bare("link2".to_owned())));
-        assert_eq!(reach("11.0.0.3"), Reach::Stack(Obstacle::Bare("link3".to_owned())));
+    fn routes_that_name_no_pods_link_are_obstacles() {
+        let own = Route { target: Target::Node, ..by("11.0.0.4/32", &[]) };
+        let reach = reach_by(vec![
+            by("11.0.0.0/24", &[2]),
+            by("11.0.0.1/32", &[2, 3]),
+            by("11.0.0.2/32", &[]),
+            by("11.0.0.3/32", &[11]),
+            own,
+            by("11.0.0.4/32", &[2]),
+            by("11.0.0.6/32", &[12]),
+            by("11.0.0.7/32", &[99]),
+        ]);
+        let obstacle = |pod: &str| reach.of(ip(pod)).unwrap_err();
+        assert_eq!(obstacle("11.0.0.1"), Obstacle::SeveralLinks);
+        assert_eq!(obstacle("11.0.0.2"), Obstacle::NoRoute, "a blackhole");
+        assert_eq!(obstacle("11.0.0.3"), Obstacle::NoPodLink("link11".to_owned()));
+        assert_eq!(obstacle("11.0.0.4"), Obstacle::OfNode);
+        assert_eq!(obstacle("11.0.0.6"), Obstacle::NoPodLink("link12".to_owned()), "nobody is on the bridge");
+        assert_eq!(obstacle("11.0.0.7"), Obstacle::NoRoute, "by an interface that has gone since");
+        assert_eq!(reach.of(ip("11.0.0.8")), peer(2));
+    }
+
+    #[test]
+    fn a_pod_whose_link_lacks_the_programs_is_reached_once_they_are_there() {
+        let routes = vec![by("11.0.0.2/32", &[4]), by("11.0.1.0/24", &[8]), by("11.0.2.0/24", &[5])];
+        let reach = reach_by(routes.clone());
+        assert_eq!(reach.of(ip("11.0.0.2")), Err(Obstacle::Bare("link4".to_owned())));
+        assert_eq!(reach.of(ip("11.0.1.1")), Err(Obstacle::Bare("link10".to_owned())));
+        assert_eq!(reach.needs(ip("11.0.0.2")), BTreeSet::from([4]));
+        assert_eq!(reach.needs(ip("11.0.1.1")), BTreeSet::from([9, 10]));
+        assert_eq!(reach.needs(ip("11.0.2.1")), BTreeSet::from([6, 7]), "also if they are there");
+        assert_eq!(reach.needs(ip("12.0.0.1")), BTreeSet::new());
+        let programs = Programs { pod_links: [4, 9, 10].into(), ..programs() };
+        let reach = Reach::new(&interfaces(), Routes::new(routes, &[1].into()), &programs, BTreeSet::new());
+        assert_eq!(reach.of(ip("11.0.0.2")), peer(4));
+        assert_eq!(reach.of(ip("11.0.1.1")), Ok(PodLink { interface: 8, has_peer: false }));
+        assert_eq!(reach.of(ip("11.0.2.1")), Err(Obstacle::Bare("link6".to_owned())));
+    }
+
+    #[test]
+    fn a_node_that_does_not_forward_or_has_no_ethernet_uplink_delivers_nothing_directly() {
+        let routes = || Routes::new(vec![by("11.0.0.2/32", &[2]), by("1100::2/128", &[2])], &[1].into());
+        let reach = Reach::new(&interfaces(), routes(), &programs(), [Family::V6].into());
+        assert_eq!(reach.of(ip("11.0.0.2")), peer(2));
+        let obstacle = reach.of(ip("1100::2")).unwrap_err();
+        assert!(obstacle.to_string().contains("sysctl -w net.ipv6.conf.all.forwarding=1"), "{obstacle}");
+        let programs = Programs { no_ethernet: true, ..programs() };
+        let reach = Reach::new(&interfaces(), routes(), &programs, BTreeSet::new());
+        assert_eq!(reach.of(ip("11.0.0.2")), Err(Obstacle::NoEthernet));
+    }
+
+    #[test]
+    fn of_routes_to_one_network_the_lowest_metric_counts_and_hops_told_apart_are_one_route() {
+        let with = |priority, route| Route { priority, ..route };
+        let routes = vec![
+            with(1024, by("11.0.0.2/32", &[3])),
+            with(256, by("11.0.0.2/32", &[2])),
+            with(512, by("11.0.0.2/32", &[4])),
+            with(256, by("1100::1/128", &[2])),
+            with(256, by("1100::1/128", &[3])),
+        ];
+        let reach = reach_by(routes);
+        assert_eq!(reach.of(ip("11.0.0.2")), peer(2));
+        assert_eq!(reach.of(ip("1100::1")), Err(Obstacle::SeveralLinks));
+    }
+
+    #[test]
+    fn routes_by_uplinks_are_kept_only_where_they_are_exceptions() {
+        let routes = vec![
+            by("0.0.0.0/0", &[1]),
+            by("10.0.0.0/8", &[1]),
+            by("11.0.0.0/16", &[5]),
+            by("11.0.3.0/24", &[1]),
+            by("12.0.0.0/8", &[1, 2]),
+        ];
+        let Routes(kept) = Routes::new(routes, &BTreeSet::from([1]));
+        let kept: Vec<String> = kept.keys().map(ToString::to_string).collect();
+        assert_eq!(kept, ["11.0.0.0/16", "11.0.3.0/24", "12.0.0.0/8"]);
     }
 }

@@ -1,21 +1,27 @@
 //! Which interfaces lead to clients: uplinks, which are those named or every one that carries a default route, and the
-//! node's ends of pods' links. Followed as interfaces and routes come and go. Knows netlink; knows nothing of programs.
+//! node's ends of pods' links; and which routes lead to pods. Followed as interfaces and routes come and go. Knows netlink;
+//! knows nothing of programs.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     time::Duration,
 };
 
 use anyhow::Context as _;
 use futures::{StreamExt as _, TryStreamExt as _};
+use ipnet::IpNet;
 use rtnetlink::{
     Handle, MulticastGroup, RouteMessageBuilder, new_connection, new_multicast_connection,
     packet_route::{
+        AddressFamily,
         link::{InfoKind, InfoPortKind, LinkAttribute, LinkInfo, LinkLayerType},
-        route::{RouteAttribute, RouteMessage, RouteType},
+        route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType},
     },
 };
 use tokio::{sync::watch, time};
+
+use super::reach::{Route, Routes, Target};
 
 /// Whether packets of an interface start with an Ethernet header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -35,8 +41,10 @@ pub(super) struct Interface {
     pub(super) header: Option<LinkHeader>,
     /// The node's end of a pair whose other end is in another network namespace.
     pub(super) leads_to_pod: bool,
-    /// One of a bridge's: what comes in goes on by the bridge.
-    pub(super) is_bridge_port: bool,
+    /// Whether it is a bridge.
+    pub(super) is_bridge: bool,
+    /// The bridge that it is a port of: what comes in goes on by that.
+    pub(super) bridge: Option<u32>,
 }
 
 /// The interfaces, at one moment.
@@ -50,6 +58,8 @@ pub(super) struct View {
     pub(super) pod_links: BTreeSet<Interface>,
     /// Names asked for that no interface has.
     pub(super) missing: BTreeSet<String>,
+    /// Those that can tell how pods are reached.
+    pub(super) routes: Routes,
 }
 
 /// After a change, how long to wait for the ones that come with it.
@@ -117,26 +127,34 @@ async fn list(handle: &Handle, named: &BTreeSet<String>) -> anyhow::Result<View>
                 name,
                 header: link_header(link.header.link_layer_type),
                 leads_to_pod: leads_to_pod(&link.attributes),
-                is_bridge_port: infos(&link.attributes)
-                    .any(|info| matches!(info, LinkInfo::PortKind(InfoPortKind::Bridge))),
+                is_bridge: infos(&link.attributes)
+                    .any(|info| matches!(info, LinkInfo::Kind(InfoKind::Bridge))),
+                bridge: bridge_of(&link.attributes),
             });
         }
     }
+    let (default, routes) = list_routes(handle).await?;
     let wanted: BTreeSet<u32> = if named.is_empty() {
-        default_route_interfaces(handle).await?
+        default
     } else {
         interfaces.iter().filter(|i| named.contains(&i.name)).map(|i| i.index).collect()
     };
-    Ok(view(interfaces, &wanted, named))
+    let routes = Routes::new(routes, &wanted);
+    Ok(view(interfaces, routes, &wanted, named))
 }
 
-fn view(interfaces: Vec<Interface>, wanted: &BTreeSet<u32>, named: &BTreeSet<String>) -> View {
+fn view(
+    interfaces: Vec<Interface>,
+    routes: Routes,
+    wanted: &BTreeSet<u32>,
+    named: &BTreeSet<String>,
+) -> View {
     let by_name: BTreeMap<&str, u32> = interfaces.iter().map(|i| (i.name.as_str(), i.index)).collect();
     let missing = named.iter().filter(|name| !by_name.contains_key(name.as_str())).cloned().collect();
     let (uplinks, others): (BTreeSet<_>, BTreeSet<_>) =
         interfaces.iter().cloned().partition(|interface| wanted.contains(&interface.index));
     let pod_links = others.into_iter().filter(|interface| interface.leads_to_pod).collect();
-    View { interfaces, uplinks, pod_links, missing }
+    View { interfaces, uplinks, pod_links, missing, routes }
 }
 
 /// Every container network plugin that gives a pod an interface of its own on the node makes such a pair.
@@ -154,19 +172,72 @@ fn infos(attributes: &[LinkAttribute]) -> impl Iterator<Item = &LinkInfo> {
     })
 }
 
-async fn default_route_interfaces(handle: &Handle) -> anyhow::Result<BTreeSet<u32>> {
+fn bridge_of(attributes: &[LinkAttribute]) -> Option<u32> {
+    if !infos(attributes).any(|info| matches!(info, LinkInfo::PortKind(InfoPortKind::Bridge))) {
+        return None;
+    }
+    attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Controller(index) => Some(*index),
+        _ => None,
+    })
+}
+
+/// The interfaces that carry a default route, and the routes that packets to pods may take.
+async fn list_routes(handle: &Handle) -> anyhow::Result<(BTreeSet<u32>, Vec<Route>)> {
     let mut indices = BTreeSet::new();
-    let requests = [
-        RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(),
-        RouteMessageBuilder::<std::net::Ipv6Addr>::new().build(),
-    ];
+    let mut kept = Vec::new();
+    let requests =
+        [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()];
     for request in requests {
+        let unspecified = match request.header.address_family {
+            AddressFamily::Inet6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+            _ => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        };
         let mut routes = Box::pin(handle.route().get(request).execute());
         while let Some(route) = routes.try_next().await.context("routes cannot be listed (netlink)")? {
             indices.extend(interfaces_of_default_route(&route));
+            kept.extend(route_to_pods(&route, unspecified));
         }
     }
-    Ok(indices)
+    Ok((indices, kept))
+}
+
+/// A route that a packet to a pod may take: of the main table, or to the node itself. What rules for some packets have in other
+/// tables, or a route for some sources alone, says nothing about a pod. `unspecified` is what a default route has as destination.
+fn route_to_pods(route: &RouteMessage, unspecified: IpAddr) -> Option<Route> {
+    let RouteHeader { table, kind, destination_prefix_length, source_prefix_length, .. } = route.header;
+    let number = |wanted: fn(&RouteAttribute) -> Option<u32>| route.attributes.iter().find_map(wanted);
+    let table = number(|attribute| match attribute {
+        RouteAttribute::Table(table) => Some(*table),
+        _ => None,
+    })
+    .unwrap_or_else(|| table.into());
+    let is_main = table == u32::from(RouteHeader::RT_TABLE_MAIN);
+    let target = match kind {
+        RouteType::Local => Target::Node,
+        RouteType::Unicast if is_main => Target::Links(links_of(route).into_iter().collect()),
+        RouteType::BlackHole | RouteType::Unreachable | RouteType::Prohibit if is_main => {
+            Target::Links(BTreeSet::new())
+        }
+        _ => return None,
+    };
+    let destination = route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(RouteAddress::Inet(address)) => Some(IpAddr::V4(*address)),
+        RouteAttribute::Destination(RouteAddress::Inet6(address)) => Some(IpAddr::V6(*address)),
+        _ => None,
+    });
+    let destination = IpNet::new(destination.unwrap_or(unspecified), destination_prefix_length).ok()?;
+    // Every interface has one of these.
+    let is_of_link = matches!(destination.addr(), IpAddr::V6(address) if address.is_unicast_link_local());
+    let priority = number(|attribute| match attribute {
+        RouteAttribute::Priority(priority) => Some(*priority),
+        _ => None,
+    });
+    (source_prefix_length == 0 && !is_of_link).then(|| Route {
+        destination,
+        target,
+        priority: priority.unwrap_or(0),
+    })
 }
 
 /// In any table: with policy routing, replies leave by the default route of another one.
@@ -174,6 +245,10 @@ fn interfaces_of_default_route(route: &RouteMessage) -> Vec<u32> {
     if route.header.destination_prefix_length != 0 || route.header.kind != RouteType::Unicast {
         return Vec::new();
     }
+    links_of(route)
+}
+
+fn links_of(route: &RouteMessage) -> Vec<u32> {
     route
         .attributes
         .iter()
@@ -210,7 +285,8 @@ mod tests {
             name: name.to_owned(),
             header: Some(LinkHeader::Ethernet),
             leads_to_pod: false,
-            is_bridge_port: false,
+            is_bridge: false,
+            bridge: None,
         }
     }
 
@@ -218,7 +294,7 @@ mod tests {
     fn a_pair_with_one_end_elsewhere_leads_to_a_pod_unless_it_is_an_uplink() {
         let to_pod = |index, name| Interface { leads_to_pod: true, ..interface(index, name) };
         let interfaces = vec![interface(1, "lo"), to_pod(2, "eth0"), to_pod(3, "cali1")];
-        let view = view(interfaces, &BTreeSet::from([2]), &BTreeSet::new());
+        let view = view(interfaces, Routes::default(), &BTreeSet::from([2]), &BTreeSet::new());
         assert_eq!(view.uplinks, BTreeSet::from([to_pod(2, "eth0")]));
         assert_eq!(view.pod_links, BTreeSet::from([to_pod(3, "cali1")]));
     }
@@ -226,7 +302,8 @@ mod tests {
     #[test]
     fn a_name_that_no_interface_has_is_missing() {
         let named = BTreeSet::from(["eth0".to_owned(), "bond9".to_owned()]);
-        let view = view(vec![interface(1, "lo"), interface(2, "eth0")], &BTreeSet::from([2]), &named);
+        let interfaces = vec![interface(1, "lo"), interface(2, "eth0")];
+        let view = view(interfaces, Routes::default(), &BTreeSet::from([2]), &named);
         assert_eq!(view.uplinks, BTreeSet::from([interface(2, "eth0")]));
         assert_eq!(view.missing, BTreeSet::from(["bond9".to_owned()]));
     }
@@ -242,5 +319,37 @@ mod tests {
         route.header.destination_prefix_length = 0;
         route.header.kind = RouteType::Unreachable;
         assert!(interfaces_of_default_route(&route).is_empty());
+    }
+
+    #[test]
+    fn routes_to_pods_are_those_of_the_main_table_and_to_the_node_itself() {
+        let route = |table: u32, kind, destination: Option<Ipv6Addr>, length| {
+            let mut route = RouteMessage::default();
+            route.header.kind = kind;
+            route.header.destination_prefix_length = length;
+            let to = destination.map(|address| RouteAttribute::Destination(RouteAddress::Inet6(address)));
+            let rest = [RouteAttribute::Table(table), RouteAttribute::Oif(7), RouteAttribute::Priority(9)];
+            route.attributes = rest.into_iter().chain(to).collect();
+            route_to_pods(&route, Ipv6Addr::UNSPECIFIED.into())
+        };
+        let pod: Ipv6Addr = "1100::5".parse().unwrap();
+        let by_link = |destination: &str| Route {
+            destination: destination.parse().unwrap(),
+            target: Target::Links(BTreeSet::from([7])),
+            priority: 9,
+        };
+        assert_eq!(route(254, RouteType::Unicast, Some(pod), 128), Some(by_link("1100::5/128")));
+        assert_eq!(route(254, RouteType::Unicast, None, 0), Some(by_link("::/0")));
+        let thrown_away = Route { target: Target::Links(BTreeSet::new()), ..by_link("1100::5/128") };
+        assert_eq!(route(254, RouteType::BlackHole, Some(pod), 128), Some(thrown_away));
+        let own = Route { target: Target::Node, ..by_link("1100::5/128") };
+        assert_eq!(route(255, RouteType::Local, Some(pod), 128), Some(own));
+        assert_eq!(route(1000, RouteType::Unicast, Some(pod), 128), None, "of another table");
+        assert_eq!(route(255, RouteType::Multicast, Some("ff00::".parse().unwrap()), 8), None);
+        assert_eq!(
+            route(254, RouteType::Unicast, Some("fe80::".parse().unwrap()), 64),
+            None,
+            "of every link"
+        );
     }
 }
