@@ -525,6 +525,7 @@ impl<'a> Agent<'a> {
         if let Some(condition) = self.sink.condition() {
             self.tellers.observed.attached(&condition.interfaces);
             self.tellers.observed.pins(condition.pinned);
+            self.tellers.observed.direct(condition.direct);
         }
         self.tell_lasting();
         // Not at every change: both look at every object.

@@ -55,7 +55,7 @@ static VETHS: Veths = Veths;
 impl PodLinks for Veths {
     fn link_of(&self, pod: Address) -> Option<PodLink> {
         let last = pod.bytes[15];
-        (last != 3).then(|| PodLink { interface: 100 + u32::from(last), has_peer: last % 2 == 0 })
+        (last != 3).then(|| PodLink { interface: 100 + u32::from(last), has_peer: last.is_multiple_of(2) })
     }
 }
 

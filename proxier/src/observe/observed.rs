@@ -15,13 +15,13 @@ use super::{
     health::{Beat, Health, Verdict},
     metrics::{Metrics, kernel::Kernel, severity_name},
     status::{
-        Failing, FailureReport, Interface, InterfaceRole, MAX_PROBLEMS, ProblemReport, ProblemsReport,
-        ResourceReport, SourceReport, StatusReport, SyncReport,
+        DirectReport, Failing, FailureReport, Interface, InterfaceRole, MAX_PROBLEMS, ProblemReport,
+        ProblemsReport, ResourceReport, SourceReport, StackReport, StatusReport, SyncReport,
     },
 };
 use crate::{
     model::{NodeName, Problem, Severity},
-    sink::Attached,
+    sink::{Attached, ByStack, DirectDelivery},
     source::{Onlooker, TURN},
 };
 
@@ -46,6 +46,7 @@ struct Status {
     sync: SyncReport,
     counts: Counts,
     interfaces: Vec<Interface>,
+    direct: DirectReport,
     problems: ProblemsReport,
 }
 
@@ -64,6 +65,7 @@ impl Observed {
             sync: SyncReport::default(),
             counts: Counts::default(),
             interfaces: Vec::new(),
+            direct: DirectReport::default(),
             problems: ProblemsReport::default(),
         };
         Self {
@@ -171,6 +173,14 @@ impl Observed {
         self.status().interfaces = interfaces;
     }
 
+    /// Whenever the sink has looked how the pods of Services that ask for direct delivery are reached.
+    pub fn direct(&self, direct: DirectDelivery) {
+        let DirectDelivery { reached, by_stack } = direct;
+        self.metrics.direct_pods(reached, by_stack.len());
+        let by_stack = by_stack.into_iter().map(|ByStack { pod, reason }| StackReport { pod, reason });
+        self.status().direct = DirectReport { reached, by_stack: by_stack.collect() };
+    }
+
     /// Whenever the sink has looked whether the pinned maps are its own.
     pub fn pins(&self, present: bool) {
         self.health.pins(present);
@@ -264,6 +274,7 @@ impl Observed {
             sync: status.sync.clone(),
             counts: status.counts,
             interfaces: status.interfaces.clone(),
+            direct: status.direct.clone(),
             problems: status.problems.clone(),
         }
     }
@@ -419,6 +430,15 @@ mod tests {
         let interface = |name: &str, role| Interface { name: name.to_owned(), role };
         let expected = [interface("eth0", InterfaceRole::Uplink), interface("veth1", InterfaceRole::PodLink)];
         assert_eq!(observed.report().interfaces, expected);
+        assert_eq!(observed.report().direct, DirectReport::default());
+        let pod = "11.0.2.2".parse().unwrap();
+        let reason = "no route leads to it".to_owned();
+        observed
+            .direct(DirectDelivery { reached: 4, by_stack: vec![ByStack { pod, reason: reason.clone() }] });
+        assert_eq!(
+            observed.report().direct,
+            DirectReport { reached: 4, by_stack: vec![StackReport { pod, reason }] }
+        );
         let text = observed.metrics.encode().unwrap();
         assert!(text.contains("proxier_attached_interfaces{role=\"uplink\"} 1\n"), "{text}");
         observed.pins(false);

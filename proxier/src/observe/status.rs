@@ -20,6 +20,8 @@ use super::{counts::Counts, table::Output};
 
 /// Problems that are told one by one.
 pub const MAX_PROBLEMS: usize = 10;
+/// Pods that are not reached directly, and are told one by one at a terminal.
+const MAX_BY_STACK: usize = 3;
 /// How long the agent may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// More than any report has: several hundred interfaces.
@@ -51,6 +53,9 @@ pub struct StatusReport {
     pub counts: Counts,
     /// What carries the programs.
     pub interfaces: Vec<Interface>,
+    /// How the pods of Services that ask for direct delivery are reached.
+    #[serde(default)]
+    pub direct: DirectReport,
     /// What is wrong with objects or files.
     pub problems: ProblemsReport,
 }
@@ -132,6 +137,25 @@ pub enum InterfaceRole {
     Uplink,
     /// A pod.
     PodLink,
+}
+
+/// How the pods of Services that ask for direct delivery are reached. Empty if no Service does.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DirectReport {
+    /// How many of their addresses past the node's stack.
+    pub reached: usize,
+    /// The others.
+    pub by_stack: Vec<StackReport>,
+}
+
+/// A pod to which the stack delivers all the same.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StackReport {
+    /// Its address.
+    pub pod: IpAddr,
+    /// Why, and what to do about it.
+    pub reason: String,
 }
 
 /// What is wrong with objects or files.
@@ -250,7 +274,7 @@ pub fn render(report: &StatusReport, output: Output) -> anyhow::Result<String> {
 fn write_for_people(text: &mut String, report: &StatusReport, wide: bool) -> std::fmt::Result {
     let ago = |time: Timestamp| format!("{} ago", rough(report.time.duration_since(time)));
     let since = |time: Timestamp| format!("for {}", rough(report.time.duration_since(time)));
-    let StatusReport { version, node, source, sync, counts, interfaces, problems, .. } = report;
+    let StatusReport { version, node, source, sync, counts, interfaces, direct, problems, .. } = report;
     let yes_no = |yes| if yes { "yes" } else { "no" };
 
     writeln!(text, "proxier {version} on {node}, started {}", ago(report.started))?;
@@ -312,6 +336,22 @@ fn write_for_people(text: &mut String, report: &StatusReport, wide: bool) -> std
         writeln!(text, "Pod links:   {}", none_or(&pod_links))?;
     } else {
         writeln!(text, "Pod links:   {}", pod_links.len())?;
+    }
+
+    let DirectReport { reached, by_stack } = direct;
+    if reached + by_stack.len() > 0 {
+        writeln!(
+            text,
+            "Direct:      {reached} pods, {} by the stack though they ask for it",
+            by_stack.len()
+        )?;
+        let shown = if wide { by_stack.len() } else { MAX_BY_STACK };
+        for StackReport { pod, reason } in by_stack.iter().take(shown) {
+            writeln!(text, "  {pod}: {reason}")?;
+        }
+        if by_stack.len() > shown {
+            writeln!(text, "  ... and {} more: see -o wide", by_stack.len() - shown)?;
+        }
     }
 
     writeln!(text, "Problems:    {}", problems.total)?;

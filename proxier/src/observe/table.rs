@@ -129,7 +129,18 @@ fn dash_if_none(number: Option<u32>) -> String {
 impl TableRow for ServiceRow {
     const PLURAL: &'static str = "services";
     const COLUMNS: (&'static [&'static str], usize) = (
-        &["SERVICE", "EXTERNAL", "PODS", "NO-BACKEND", "BALANCE", "SOURCES", "AFFINITY", "ID", "GENERATION"],
+        &[
+            "SERVICE",
+            "EXTERNAL",
+            "PODS",
+            "NO-BACKEND",
+            "BALANCE",
+            "SOURCES",
+            "AFFINITY",
+            "DELIVERY",
+            "ID",
+            "GENERATION",
+        ],
         6,
     );
 
@@ -147,6 +158,7 @@ impl TableRow for ServiceRow {
             } else {
                 format!("{}s", self.affinity_timeout)
             },
+            self.delivery.to_owned(),
             self.service_id.to_string(),
             self.generation.to_string(),
         ]
@@ -167,13 +179,15 @@ impl ServiceRow {
 impl TableRow for EndpointRow {
     const PLURAL: &'static str = "endpoints";
     const COLUMNS: (&'static [&'static str], usize) =
-        (&["SERVICE", "POD", "STATE", "ID", "GENERATION", "SLOT"], 3);
+        (&["SERVICE", "POD", "STATE", "DELIVERY", "LINK", "ID", "GENERATION", "SLOT"], 3);
 
     fn cells(&self) -> Vec<String> {
         vec![
             service(&self.namespace, &self.name),
             self.pod.to_string(),
             self.state.name().to_owned(),
+            self.delivery.to_owned(),
+            dash_if_empty(self.link.as_deref().unwrap_or_default()),
             self.service_id.to_string(),
             dash_if_none(self.generation),
             dash_if_none(self.slot),
@@ -184,7 +198,7 @@ impl TableRow for EndpointRow {
 impl TableRow for FlowRow {
     const PLURAL: &'static str = "flows";
     const COLUMNS: (&'static [&'static str], usize) =
-        (&["SERVICE", "PROTOCOL", "CLIENT", "EXTERNAL", "POD", "STATE", "IDLE"], 7);
+        (&["SERVICE", "PROTOCOL", "CLIENT", "EXTERNAL", "POD", "STATE", "IDLE", "DELIVERY"], 7);
 
     fn cells(&self) -> Vec<String> {
         vec![
@@ -195,6 +209,7 @@ impl TableRow for FlowRow {
             socket(self.pod, self.pod_port),
             dash_if_empty(self.state),
             format!("{}s", self.idle_seconds),
+            self.delivery.to_owned(),
         ]
     }
 }
@@ -256,6 +271,7 @@ mod tests {
                 affinity_timeout: 10_800,
                 no_backend: "drop",
                 balance: if name.is_empty() { "flow" } else { "client" },
+                delivery: if name.is_empty() { "stack" } else { "direct" },
                 sources: (!name.is_empty()).then(|| vec!["192.0.2.0/24".parse().unwrap()]),
             })
             .collect()
@@ -273,9 +289,9 @@ mod tests {
     #[test]
     fn a_wide_table_has_more_columns() {
         insta::assert_snapshot!(render(&rows(), Output::Wide).unwrap(), @r"
-        SERVICE                EXTERNAL    PODS   NO-BACKEND   BALANCE   SOURCES        AFFINITY   ID   GENERATION
-        default/kpng-example   10.0.0.55   2      drop         client    192.0.2.0/24   10800s     7    3
-        -                      1000::55    2      drop         flow      any            -          7    3
+        SERVICE                EXTERNAL    PODS   NO-BACKEND   BALANCE   SOURCES        AFFINITY   DELIVERY   ID   GENERATION
+        default/kpng-example   10.0.0.55   2      drop         client    192.0.2.0/24   10800s     direct     7    3
+        -                      1000::55    2      drop         flow      any            -          stack      7    3
         ");
     }
 
@@ -309,6 +325,8 @@ mod tests {
                 name: "web".to_owned(),
                 pod: pod.parse().unwrap(),
                 state,
+                delivery: if slot.is_some() { "direct" } else { "stack" },
+                link: slot.map(|_| "veth7".to_owned()),
                 service_id: 7,
                 generation: slot.map(|_| 3),
                 slot,
@@ -319,9 +337,9 @@ mod tests {
         default/web   11.0.2.3   draining
         ");
         insta::assert_snapshot!(render(&rows, Output::Wide).unwrap(), @r"
-        SERVICE       POD        STATE      ID   GENERATION   SLOT
-        default/web   11.0.2.2   ready      7    3            0
-        default/web   11.0.2.3   draining   7    -            -
+        SERVICE       POD        STATE      DELIVERY   LINK    ID   GENERATION   SLOT
+        default/web   11.0.2.2   ready      direct     veth7   7    3            0
+        default/web   11.0.2.3   draining   stack      -       7    -            -
         ");
         let json: serde_json::Value = serde_json::from_str(&render(&rows, Output::Json).unwrap()).unwrap();
         for (row, read) in rows.iter().zip(json.as_array().unwrap()) {

@@ -55,6 +55,7 @@ fn report() -> StatusReport {
             interface("eth1", InterfaceRole::Uplink),
             interface("veth7", InterfaceRole::PodLink),
         ],
+        direct: DirectReport::default(),
         problems: ProblemsReport {
             total: 12,
             first: vec![ProblemReport {
@@ -109,6 +110,36 @@ fn people_are_told_what_matters_with_ages_by_the_nodes_clock() {
     let wide = render(&report(), Output::Wide).unwrap();
     assert!(wide.contains("Pod links:   veth7\n"), "{wide}");
     assert!(wide.contains("last error: too many requests\n"), "{wide}");
+}
+
+#[test]
+fn pods_that_the_stack_delivers_to_though_they_ask_for_more_are_told_with_the_reason() {
+    let by_stack = |last: u8| StackReport {
+        pod: IpAddr::from([11, 0, 2, last]),
+        reason: format!("the programs are not on its link veth{last} yet"),
+    };
+    let direct = DirectReport { reached: 2, by_stack: (2..7).map(by_stack).collect() };
+    let report = StatusReport { direct, ..report() };
+    let text = render(&report, Output::Table).unwrap();
+    let told: Vec<&str> = text
+        .lines()
+        .skip_while(|line| !line.starts_with("Direct:"))
+        .take_while(|line| !line.starts_with("Problems"))
+        .collect();
+    assert_eq!(
+        told,
+        [
+            "Direct:      2 pods, 5 by the stack though they ask for it",
+            "  11.0.2.2: the programs are not on its link veth2 yet",
+            "  11.0.2.3: the programs are not on its link veth3 yet",
+            "  11.0.2.4: the programs are not on its link veth4 yet",
+            "  ... and 2 more: see -o wide",
+        ]
+    );
+    let wide = render(&report, Output::Wide).unwrap();
+    assert!(wide.contains("  11.0.2.6: ") && !wide.contains("more: see -o wide"), "{wide}");
+    let json: StatusReport = serde_json::from_str(&render(&report, Output::Json).unwrap()).unwrap();
+    assert_eq!(json, report);
 }
 
 #[test]

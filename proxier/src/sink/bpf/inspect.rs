@@ -8,9 +8,9 @@ use std::{
 
 use ipnet::IpNet;
 use proxier_common::{
-    DropReason, Hook, MEMBER_DRAINING, SERVICE_BALANCE_FLOW, SERVICE_IS_NODE, SERVICE_IS_POD,
-    SERVICE_PASS_WITHOUT_BACKEND, SourceKey, Statistic, TCP_ESTABLISHED, TCP_REPLY_FIN, TCP_REQUEST_FIN,
-    protocol,
+    Address, DELIVERY_NODE, DropReason, Hook, MEMBER_DRAINING, SERVICE_BALANCE_FLOW, SERVICE_DIRECT,
+    SERVICE_IS_NODE, SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND, SourceKey, Statistic, TCP_ESTABLISHED,
+    TCP_REPLY_FIN, TCP_REQUEST_FIN, is_direct, protocol,
     timeout::{self, SECOND},
 };
 use serde::Serialize;
@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     delta::decode_name,
-    desired::{Balance, ServiceKey},
+    desired::{Balance, Delivery, ServiceKey},
 };
 
 /// An external address, as the kernel has it.
@@ -46,6 +46,8 @@ pub struct ServiceRow {
     pub no_backend: &'static str,
     /// What stays on one pod: all of a `client`, or a `flow`.
     pub balance: &'static str,
+    /// How new conversations are to reach the pods: by the node's `stack`, or `direct`.
+    pub delivery: &'static str,
     /// The networks that may send; none for everybody.
     pub sources: Option<Vec<IpNet>>,
 }
@@ -83,6 +85,10 @@ pub struct EndpointRow {
     pub pod: IpAddr,
     /// Whether it takes new conversations.
     pub state: EndpointState,
+    /// How new ones reach it: by the node's `stack`, or `direct`.
+    pub delivery: &'static str,
+    /// The node's link by which packets may go to it past the stack; none if they may not.
+    pub link: Option<String>,
     /// The Service's id in the kernel's tables.
     pub service_id: u32,
     /// The generation it is a backend of; none if it drains.
@@ -113,6 +119,8 @@ pub struct FlowRow {
     pub pod_port: u16,
     /// For TCP `opening`, `established`, `closing`, `closed`; else empty.
     pub state: &'static str,
+    /// How its packets go: by the node's `stack`, `direct`, or from a process of the `node` itself.
+    pub delivery: &'static str,
     /// Seconds since the last packet.
     pub idle_seconds: u64,
 }
@@ -209,6 +217,8 @@ pub fn services(pin_path: &Path) -> anyhow::Result<Vec<ServiceRow>> {
             no_backend: if value.flags & SERVICE_PASS_WITHOUT_BACKEND == 0 { "drop" } else { "pass" },
             balance: if value.flags & SERVICE_BALANCE_FLOW == 0 { Balance::Client } else { Balance::Flow }
                 .name(),
+            delivery: if value.flags & SERVICE_DIRECT == 0 { Delivery::Stack } else { Delivery::Direct }
+                .name(),
             sources: (value.source_generation != 0).then(|| {
                 sources.get(&(value.service_id, value.source_generation)).cloned().unwrap_or_default()
             }),
@@ -227,10 +237,19 @@ pub fn endpoints(pin_path: &Path) -> anyhow::Result<Vec<EndpointRow>> {
     let tables = open(pin_path)?;
     let names = Names::read(&tables)?;
     let mut in_force = BTreeSet::new();
+    let mut direct = BTreeSet::new();
     for entry in tables.services.entries() {
         let (_, value) = entry?;
         in_force.insert((value.service_id, value.generation));
+        if value.flags & SERVICE_DIRECT != 0 {
+            direct.insert(value.service_id);
+        }
     }
+    let links = Links::read(&tables)?;
+    let delivery = |service_id, link: Option<&String>| {
+        let is_direct = direct.contains(&service_id) && link.is_some();
+        if is_direct { Delivery::Direct } else { Delivery::Stack }.name()
+    };
     let mut rows = Vec::new();
     let mut ready = BTreeSet::new();
     for entry in tables.backends.entries() {
@@ -239,11 +258,14 @@ pub fn endpoints(pin_path: &Path) -> anyhow::Result<Vec<EndpointRow>> {
             continue;
         }
         let (namespace, name) = names.of(key.service_id);
+        let link = links.0.get(&value.pod);
         rows.push(EndpointRow {
             namespace,
             name,
             pod: value.pod.to_ip(),
             state: EndpointState::Ready,
+            delivery: delivery(key.service_id, link),
+            link: link.cloned(),
             service_id: key.service_id,
             generation: Some(key.generation),
             slot: Some(key.slot),
@@ -257,11 +279,14 @@ pub fn endpoints(pin_path: &Path) -> anyhow::Result<Vec<EndpointRow>> {
             continue;
         }
         let (namespace, name) = names.of(key.service_id);
+        let link = links.0.get(&key.pod);
         rows.push(EndpointRow {
             namespace,
             name,
             pod: key.pod.to_ip(),
             state: EndpointState::Draining,
+            delivery: delivery(key.service_id, link),
+            link: link.cloned(),
             service_id: key.service_id,
             generation: None,
             slot: None,
@@ -303,6 +328,7 @@ pub fn flows(pin_path: &Path) -> anyhow::Result<Vec<FlowRow>> {
             pod: key.pod.to_ip(),
             pod_port: u16::from_be(key.pod_port),
             state: if key.protocol == protocol::TCP { tcp_state(value.tcp_state) } else { "" },
+            delivery: delivery_name(value.delivery),
             idle_seconds: now.saturating_sub(value.last_seen) / SECOND,
         });
     }
@@ -429,6 +455,34 @@ impl Names {
 
     fn of(&self, service_id: u32) -> (String, String) {
         self.0.get(&service_id).cloned().unwrap_or_default()
+    }
+}
+
+/// The links by which pods are reached past the stack, by name.
+struct Links(BTreeMap<Address, String>);
+
+impl Links {
+    fn read(tables: &Tables) -> anyhow::Result<Self> {
+        let mut links = BTreeMap::new();
+        for entry in tables.pods.entries() {
+            let (key, value) = entry?;
+            if value.interface != 0 {
+                let name = nix::net::if_::if_indextoname(value.interface);
+                // One of another network namespace, or gone since.
+                let name = name
+                    .map_or_else(|_| value.interface.to_string(), |name| name.to_string_lossy().into_owned());
+                links.insert(key.pod, name);
+            }
+        }
+        Ok(Self(links))
+    }
+}
+
+const fn delivery_name(delivery: u8) -> &'static str {
+    match delivery {
+        DELIVERY_NODE => "node",
+        delivery if is_direct(delivery) => Delivery::Direct.name(),
+        _ => Delivery::Stack.name(),
     }
 }
 

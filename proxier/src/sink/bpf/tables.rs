@@ -369,7 +369,7 @@ pub(super) struct Tables {
     pub(super) services: Table<ExternalKey, ServiceValue>,
     pub(super) backends: Table<BackendKey, BackendValue>,
     pub(super) members: Table<MemberKey, MemberValue>,
-    pods: Table<PodKey, PodValue>,
+    pub(super) pods: Table<PodKey, PodValue>,
     pub(super) sources: Sources,
     pub(super) names: Table<NameKey, NameValue>,
     pub(super) sessions: Table<SessionKey, SessionValue>,
