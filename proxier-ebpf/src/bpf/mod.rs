@@ -72,6 +72,10 @@ fn from_pod(mut packet: Skb<'_, ETHERNET_HEADER>, is_genuine: fn(&TcContext) -> 
             return code::<ETHERNET_HEADER>(context, action, HOOK);
         }
     }
+    if !local_clients() {
+        // Here for what is delivered directly alone.
+        return TC_ACT_UNSPEC;
+    }
     let verdict = match proxier_ebpf::request(&mut packet, &KernelTables, Origin::Pod) {
         Verdict::ToNode => {
             // While the source is the pod's.
@@ -150,7 +154,7 @@ fn to_outside<const LINK_HEADER: u32>(context: &TcContext) -> i32 {
     if packet.take_sent() {
         return TC_ACT_UNSPEC;
     }
-    if node_clients() && packet.is_made_here() {
+    if local_clients() && packet.is_made_here() {
         let verdict = proxier_ebpf::request(&mut packet, &KernelTables, Origin::Node);
         if verdict != Verdict::Next {
             return action::<LINK_HEADER>(context, verdict, HOOK, to_pod_or_back::<LINK_HEADER>);
@@ -176,13 +180,13 @@ fn to_pod_or_back<const LINK_HEADER: u32>(context: &TcContext) -> Result<i32, Dr
     result
 }
 
-/// Whether processes of the node are clients. The agent writes it before the kernel reads the program, which then leaves out
+/// Whether pods and processes of the node are clients. The agent writes it before the kernel reads the program, which then leaves out
 /// what cannot be reached.
 #[unsafe(no_mangle)]
 static NODE_CLIENTS: u8 = 1;
 
 #[inline(always)]
-fn node_clients() -> bool {
+fn local_clients() -> bool {
     // Volatile: to the compiler it would be the constant that it is here.
     // SAFETY: a static, which nobody writes to.
     unsafe { core::ptr::read_volatile(&raw const NODE_CLIENTS) != 0 }
