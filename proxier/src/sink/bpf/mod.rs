@@ -190,7 +190,7 @@ impl BpfSink {
             local_clients,
             reach: Arc::default(),
             direct_links: BTreeSet::new(),
-            linked: true,
+            linked: false,
             tale: Tale::default(),
             refused: BTreeSet::new(),
             reported_missing: BTreeSet::new(),
@@ -578,7 +578,7 @@ impl Sink for BpfSink {
             self.look_after_pins();
             self.not_forwarding = not_forwarding();
             let view = self.view.borrow().clone();
-            followed = self.link(self.reach(&view, &BTreeSet::new()));
+            followed = self.follow(&view);
         }
         self.tale.look(self.actual.direct_pods().map(Address::to_ip), &self.reach);
         followed?;
