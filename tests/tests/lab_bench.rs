@@ -68,7 +68,9 @@ fn every_arm_gives_every_figure_and_its_traffic_goes_the_arms_way() {
 
 /// Takes a measure and checks what can be said of its figures on any machine.
 fn take(ground: &Ground, measure: Measure) -> Vec<Figure> {
-    let samples = ground.take(measure, BURST).unwrap_or_else(|error| panic!("{}: {error:#}", ground.arm));
+    // On a machine that does more than this, nobody may have had a turn.
+    let samples = ground.take(measure, BURST).or_else(|_| ground.take(measure, BURST * 20));
+    let samples = samples.unwrap_or_else(|error| panic!("{}: {error:#}", ground.arm));
     let figures = samples.into_iter().map(|sample| {
         let valid = sample.value > 0.0 || sample.figure == Figure::UdpLostPercent;
         assert!(valid && sample.value.is_finite(), "{}: {sample:?}", ground.arm);
@@ -119,7 +121,6 @@ fn every_kind_of_packet_is_timed_beside_the_floor() {
     for name in ["nothing", "one look-up", "miss", "pod's own packet"] {
         assert!(timing(name).repeated.is_some_and(|nanoseconds| nanoseconds > 0.0), "{timings:?}");
     }
-    assert_eq!(timing("request, UDP").repeated, None);
     // The numbers that a packet may cost: docs/BENCHMARKS.md.
     for (name, most) in
         [("miss", 1), ("request, UDP", 3), ("request, TCP", 3), ("reply, UDP", 2), ("reply, TCP", 2)]
