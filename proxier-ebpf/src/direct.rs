@@ -36,14 +36,22 @@ fn of_family<F: Family, P: Packet>(
         return Ok(Way::None);
     };
     let hop_limit = F::hop_limit(&header);
-    let mut payload = Payload::within(packet.length(), false);
-    if hop_limit <= 1 || !F::payload(packet, offset, &header, &mut payload) {
+    let is_segmented = packet.segment_size() != 0;
+    let protocol = F::protocol(&header);
+    // Where its headers end that every segment has. Behind extension headers it would have to be looked for, which is not worth
+    // what it costs: no machine makes such packets of what it receives, or hardly any.
+    if hop_limit <= 1 || is_segmented && !matches!(protocol, protocol::TCP | protocol::UDP) {
         return Ok(Way::None);
     }
+    let payload = Payload {
+        offset: offset + F::header_length(&header),
+        protocol,
+        ..Payload::within(packet.length(), false)
+    };
     let length = length_on_wire(packet, offset, &payload);
     let way = packet.find_way(&F::source(&header), &F::destination(&header), length, path);
     if way == Way::Open {
-        F::pass_router(packet, offset, hop_limit, F::protocol(&header))?;
+        F::pass_router(packet, offset, hop_limit, protocol)?;
     }
     Ok(way)
 }

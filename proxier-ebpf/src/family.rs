@@ -114,11 +114,18 @@ pub trait Family {
     /// How many routers the packet may still pass.
     fn hop_limit(header: &Self::Header) -> u8;
 
-    /// What of the header [`Family::pass_router`] has to know beside the hop limit.
+    /// IP protocol number of what follows the header: of IPv6, that of an extension header if there is one.
     fn protocol(header: &Self::Header) -> u8;
 
-    /// Whether a router may make fragments of it.
-    fn may_be_fragmented(header: &Self::Header) -> bool;
+    /// Length of the header, with IPv4's options and without IPv6's extension headers.
+    fn header_length(header: &Self::Header) -> u32;
+
+    /// What [`Family::may_be_fragmented`] has to know of the header, as loaded: an answer that is known would be two paths for
+    /// the verifier from there on.
+    fn fragment_flags(header: &Self::Header) -> u8;
+
+    /// Whether a router may make fragments of a packet with these flags.
+    fn may_be_fragmented(flags: u8) -> bool;
 
     /// Takes one off the `hop_limit` in the header at `offset`, which has this `protocol`, as a router does. It must not be 0.
     ///
@@ -153,7 +160,8 @@ pub struct V4;
 
 const V4_CHECKSUM: u32 = 10;
 const V4_TIME_TO_LIVE: u32 = 8;
-const V4_DONT_FRAGMENT: u16 = 0x4000;
+/// In the first byte of the field.
+const V4_DONT_FRAGMENT: u8 = 0x40;
 const V4_MORE_FRAGMENTS: u16 = 0x2000;
 const V4_FRAGMENT_OFFSET: u16 = 0x1fff;
 
@@ -253,9 +261,8 @@ impl Family for V4 {
 
     #[inline(always)]
     fn payload<P: Packet>(_packet: &P, offset: u32, header: &Self::Header, payload: &mut Payload) -> bool {
-        let header_length = u32::from(header.version_and_length & 0x0f) * 4;
         let field = u16::from_be_bytes(header.fragment);
-        payload.offset = offset + header_length;
+        payload.offset = offset + Self::header_length(header);
         payload.end = payload.end_of_packet(offset, u16::from_be_bytes(header.total_length).into());
         payload.protocol = header.protocol;
         payload.fragment = if field & V4_FRAGMENT_OFFSET != 0 {
@@ -306,13 +313,23 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn may_be_fragmented(header: &Self::Header) -> bool {
-        u16::from_be_bytes(header.fragment) & V4_DONT_FRAGMENT == 0
+    fn fragment_flags(header: &Self::Header) -> u8 {
+        header.fragment[0]
+    }
+
+    #[inline(always)]
+    fn may_be_fragmented(flags: u8) -> bool {
+        flags & V4_DONT_FRAGMENT == 0
     }
 
     #[inline(always)]
     fn protocol(header: &Self::Header) -> u8 {
         header.protocol
+    }
+
+    #[inline(always)]
+    fn header_length(header: &Self::Header) -> u32 {
+        u32::from(header.version_and_length & 0x0f) * 4
     }
 
     #[inline(always)]
@@ -489,13 +506,23 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn may_be_fragmented(_header: &Self::Header) -> bool {
+    fn fragment_flags(_header: &Self::Header) -> u8 {
+        0
+    }
+
+    #[inline(always)]
+    fn may_be_fragmented(_flags: u8) -> bool {
         false
     }
 
     #[inline(always)]
     fn protocol(header: &Self::Header) -> u8 {
         header.next_header
+    }
+
+    #[inline(always)]
+    fn header_length(_header: &Self::Header) -> u32 {
+        V6_HEADER_LENGTH
     }
 
     #[inline(always)]

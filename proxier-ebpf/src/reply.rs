@@ -19,6 +19,7 @@ use crate::{
     tables::{FlowEntry, SessionEntry, Tables},
     transport::{self, Kind, Transport, tcp_flags},
     verdict::Verdict,
+    verifier,
 };
 
 /// Decides about a packet on its way to a client that is reached so ([`DELIVERY_STACK`](proxier_common::DELIVERY_STACK),
@@ -92,8 +93,8 @@ struct Reply {
     /// That of the place that sees it (`DELIVERY_*`).
     delivery: u8,
     hop_limit: u8,
-    /// Whether a router may make fragments of it.
-    may_be_fragmented: bool,
+    /// As [`Family::fragment_flags`].
+    fragment_flags: u8,
     /// A later fragment of a packet whose first one was too large.
     follows_through_stack: bool,
 }
@@ -112,7 +113,7 @@ impl Reply {
             service_id: 0,
             delivery,
             hop_limit: 0,
-            may_be_fragmented: false,
+            fragment_flags: 0,
             follows_through_stack: false,
         }
     }
@@ -149,7 +150,7 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
     reply.of_pod = of_pod;
     let verdict = match path {
         _ if !is_of_external::<F, T>(tables, &mut reply) => Verdict::Next,
-        Some(path) => verdict_on_way(packet, offset, &reply, path),
+        Some(path) => verdict_on_way::<F, P>(packet, offset, &reply, path),
         None => Verdict::Rewritten,
     };
     if let Fragment::First = reply.payload.fragment {
@@ -158,18 +159,30 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
     if verdict == Verdict::Next {
         return Some(verdict);
     }
-    let mut written = send::<F, P>(packet, offset, &reply);
-    if verdict == Verdict::Direct {
-        let Reply { hop_limit, payload, .. } = &reply;
-        written = written.and_then(|()| F::pass_router(packet, offset, *hop_limit, payload.protocol));
-    }
-    Some(Verdict::of_write(written, verdict))
+    // One path for all from here.
+    let is_direct = verifier::forget_whether(verdict == Verdict::Direct);
+    let written = send::<F, P>(packet, offset, &reply);
+    let onward = match delivery {
+        DELIVERY_DIRECT if is_direct => {
+            let Reply { hop_limit, payload, .. } = &reply;
+            let passed = written.and_then(|()| F::pass_router(packet, offset, *hop_limit, payload.protocol));
+            return Some(Verdict::of_write(passed, Verdict::Direct));
+        }
+        DELIVERY_DIRECT => Verdict::FromUplink,
+        _ => Verdict::Rewritten,
+    };
+    Some(Verdict::of_write(written, onward))
 }
 
 /// Whether a reply can go past the stack. Else the stack has it untouched and answers with an error; or makes fragments of it,
 /// for which it must not be the pod's: to conntrack that would be a conversation of the pod's own, and masqueraded as such.
 #[inline(always)]
-fn verdict_on_way<P: Packet>(packet: &P, offset: u32, reply: &Reply, path: &mut P::Path) -> Verdict {
+fn verdict_on_way<F: Family, P: Packet>(
+    packet: &P,
+    offset: u32,
+    reply: &Reply,
+    path: &mut P::Path,
+) -> Verdict {
     if reply.hop_limit <= 1 {
         return Verdict::Next;
     }
@@ -177,7 +190,7 @@ fn verdict_on_way<P: Packet>(packet: &P, offset: u32, reply: &Reply, path: &mut 
     match packet.find_way(&reply.external, &reply.peer, length, path) {
         Way::Open if reply.follows_through_stack => Verdict::FromUplink,
         Way::Open => Verdict::Direct,
-        Way::TooNarrow if reply.may_be_fragmented => Verdict::FromUplink,
+        Way::TooNarrow if F::may_be_fragmented(reply.fragment_flags) => Verdict::FromUplink,
         Way::TooNarrow | Way::None => Verdict::Next,
     }
 }
@@ -189,7 +202,7 @@ fn read<F: Family, P: Packet>(packet: &P, offset: u32, reply: &mut Reply) -> boo
         return false;
     };
     (reply.pod, reply.peer) = (F::source(&header), F::destination(&header));
-    (reply.hop_limit, reply.may_be_fragmented) = (F::hop_limit(&header), F::may_be_fragmented(&header));
+    (reply.hop_limit, reply.fragment_flags) = (F::hop_limit(&header), F::fragment_flags(&header));
     F::payload(packet, offset, &header, &mut reply.payload)
         && transport::read(packet, &reply.payload, F::ICMP, &mut reply.transport).is_ok()
 }
@@ -220,9 +233,9 @@ fn follow_first<F: Family, T: Tables>(tables: &T, reply: &mut Reply) -> bool {
         return true;
     }
     let key = FragmentKey { delivery: DELIVERY_STACK, ..key };
-    reply.follows_through_stack =
-        reply.delivery == DELIVERY_DIRECT && fragment::find(tables, &key, &mut reply.external);
-    reply.follows_through_stack
+    let found = reply.delivery == DELIVERY_DIRECT && fragment::find(tables, &key, &mut reply.external);
+    reply.follows_through_stack = verifier::forget_whether(found);
+    found
 }
 
 /// Lets the rest of a fragmented packet follow the first fragment, about which this was the verdict. All of them take one way:

@@ -216,7 +216,7 @@ pub fn read<P: Packet>(
     }
     if layout.checksum != 0 && available >= layout.first_fragment {
         transport.checksum_offset = verifier::forget(payload.offset + layout.checksum);
-        transport.zero_means_none = layout.zero_means_none;
+        transport.zero_means_none = verifier::forget_whether(layout.zero_means_none);
     }
     let header: [u16; 4] = if layout.first_fragment < 8 {
         let [source_port, destination_port] =
@@ -227,7 +227,9 @@ pub fn read<P: Packet>(
     };
     if let protocol::ICMP | protocol::ICMPV6 = payload.protocol {
         let [icmp_type, _] = header[0].to_ne_bytes();
-        (transport.kind, transport.query) = icmp_kind(payload.protocol, icmp_type);
+        let (kind, query) = icmp_kind(payload.protocol, icmp_type);
+        transport.kind = kind;
+        transport.query = (verifier::forget(query.into()) & 0xff) as u8;
         if let Kind::Query | Kind::Answer = transport.kind {
             transport.source_port = header[2];
             transport.destination_port = header[2];

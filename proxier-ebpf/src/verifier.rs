@@ -14,3 +14,11 @@ pub fn forget(number: u32) -> u32 {
     // SAFETY: as above, and it was written just now.
     u32::from(unsafe { core::ptr::read_volatile(&raw const half_word) })
 }
+
+/// As [`forget`], of the truth of something.
+#[inline(always)]
+#[must_use]
+pub fn forget_whether(truth: bool) -> bool {
+    // The bit itself: to compare a number would be two paths again.
+    forget(truth as u32) & 1 != 0
+}

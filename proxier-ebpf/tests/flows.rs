@@ -323,6 +323,9 @@ fn two_first_packets_at_once_agree_on_the_flow() {
         fn is_permitted(&self, key: &proxier_common::SourceKey) -> bool {
             self.tables.is_permitted(key)
         }
+        fn expect_replies_by(&self, link: u32) {
+            self.tables.expect_replies_by(link);
+        }
         fn count(&self, what: proxier_common::Statistic) {
             self.tables.count(what);
         }

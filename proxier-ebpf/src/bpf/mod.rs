@@ -14,7 +14,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use proxier_common::{DELIVERY_NODE, DELIVERY_STACK, DropReason, Hook, LINK_OF_PORTS};
-use proxier_ebpf::{Origin, Verdict, Way, packet::WriteError};
+use proxier_ebpf::{Origin, Verdict, Way, packet::WriteError, verifier};
 
 use self::{
     maps::KernelTables,
@@ -139,12 +139,13 @@ pub(crate) fn proxier_pod_out(context: TcContext) -> i32 {
 #[inline(always)]
 fn from_outside<const LINK_HEADER: u32>(context: &TcContext) -> i32 {
     let mut packet = Skb::<LINK_HEADER>::new(context);
-    let onward = match proxier_ebpf::request(&mut packet, &KernelTables, Origin::Outside) {
-        Verdict::Forward => forward::<LINK_HEADER>(context, false),
-        Verdict::ForwardIntoPod => forward::<LINK_HEADER>(context, true),
-        verdict => return action::<LINK_HEADER>(context, verdict, Hook::UplinkIngress, through_stack),
-    };
-    code::<LINK_HEADER>(context, onward, Hook::UplinkIngress)
+    match proxier_ebpf::request(&mut packet, &KernelTables, Origin::Outside) {
+        verdict @ (Verdict::Forward | Verdict::ForwardIntoPod) => {
+            let into_pod = verifier::forget_whether(verdict == Verdict::ForwardIntoPod);
+            code::<LINK_HEADER>(context, forward::<LINK_HEADER>(context, into_pod), Hook::UplinkIngress)
+        }
+        verdict => action::<LINK_HEADER>(context, verdict, Hook::UplinkIngress, through_stack),
+    }
 }
 
 #[inline(always)]
