@@ -81,7 +81,7 @@ pub(super) fn run(options: &DataOptions, quick: bool, built: &Built) -> Result<(
         println!("{remark}");
     }
     let mut files = vec![output];
-    files.push(write(&directory, "data.md", &table::as_markdown(&report))?);
+    files.push(write(&directory, "data.md", &page(&report))?);
     for figure in Figure::COMPARED {
         if let Some(picture) = chart::of_figure(&report, figure) {
             files.push(write(&directory, &format!("{}.svg", figure.slug()), &picture)?);
@@ -100,6 +100,12 @@ fn write(directory: &Path, name: &str, text: &str) -> Result<PathBuf> {
     let path = directory.join(name);
     fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
     Ok(path)
+}
+
+/// What goes into `docs/BENCHMARKS.md`, as it is.
+fn page(report: &Report) -> String {
+    let remarks: String = remarks(report).iter().map(|remark| format!("* {remark}\n")).collect();
+    format!("{remarks}\n{}", table::as_markdown(report))
 }
 
 /// What a reader of the figures has to know.
@@ -156,6 +162,14 @@ mod tests {
         assert_eq!(parse_kind("proxier-stack"), Ok(Kind::ProxierStack));
         let error = parse_kind("ipvs").unwrap_err();
         assert!(error.contains("iptables-10k") && error.contains("wire"), "{error}");
+    }
+
+    #[test]
+    fn a_page_says_of_what_the_figures_are_and_then_has_the_tables() {
+        let page = page(&super::table::tests::report());
+        let (remarks, tables) = page.split_once("\n\n").unwrap();
+        assert!(remarks.starts_with("* ") && remarks.contains("Linux 6.12.1"), "{remarks}");
+        assert!(tables.starts_with('|') && tables.contains("| nft"), "{tables}");
     }
 
     #[test]
