@@ -286,9 +286,6 @@ fn two_first_packets_at_once_agree_on_the_flow() {
         fn session(&self, key: &SessionKey) -> Option<Self::Session> {
             self.tables.session(key)
         }
-        fn expect_replies_by(&self, link: u32) {
-            self.tables.expect_replies_by(link);
-        }
         fn put_session(&self, key: &SessionKey, value: &proxier_common::SessionValue) {
             self.tables.put_session(key, value);
         }

@@ -23,6 +23,8 @@ pub(super) struct Route {
     pub(super) destination: IpNet,
     /// By what.
     pub(super) target: Target,
+    /// Whether another router is next.
+    pub(super) has_gateway: bool,
     /// Of several to the same destination the lowest counts.
     pub(super) priority: u32,
 }
@@ -41,12 +43,12 @@ pub(super) enum Target {
 pub(super) struct Routes(BTreeMap<IpNet, Target>);
 
 impl Routes {
-    /// Of all routes those that lead elsewhere than by `uplinks`, and the exceptions of these: a node that speaks BGP may have a
-    /// million others.
+    /// Of all routes those that lead elsewhere than to a router by `uplinks`, and the exceptions of these: a node that speaks BGP
+    /// may have a million others.
     pub(super) fn new(routes: Vec<Route>, uplinks: &BTreeSet<u32>) -> Self {
         let is_elsewhere = |route: &Route| match &route.target {
             Target::Node => true,
-            Target::Links(links) => links.is_empty() || !links.is_subset(uplinks),
+            Target::Links(links) => links.is_empty() || !route.has_gateway || !links.is_subset(uplinks),
         };
         let (elsewhere, by_uplink): (Vec<Route>, Vec<Route>) = routes.into_iter().partition(is_elsewhere);
         let mut kept = Self::default();
@@ -63,7 +65,7 @@ impl Routes {
     }
 
     fn add(&mut self, route: Route, priorities: &mut BTreeMap<IpNet, u32>) {
-        let Route { destination, target, priority } = route;
+        let Route { destination, target, priority, .. } = route;
         // The table of the node's own addresses is asked first.
         let priority = if target == Target::Node { 0 } else { priority };
         match (self.0.get_mut(&destination), target) {
@@ -165,9 +167,9 @@ impl fmt::Display for Obstacle {
             Self::NoEthernet => {
                 f.write_str("no uplink has Ethernet headers, which a packet needs to go into a pod")
             }
-            Self::NoRoute => {
-                f.write_str("no route of the main table leads to it but by an uplink: see `ip route get`")
-            }
+            Self::NoRoute => f.write_str(
+                "no route of the main table leads to it but to a router by an uplink: see `ip route get`",
+            ),
             Self::OfNode => {
                 f.write_str("its address is the node's own, which nothing but the stack delivers to")
             }
@@ -286,7 +288,11 @@ mod tests {
 
     fn by(destination: &str, links: &[u32]) -> Route {
         let target = Target::Links(links.iter().copied().collect());
-        Route { destination: destination.parse().unwrap(), target, priority: 0 }
+        Route { destination: destination.parse().unwrap(), target, has_gateway: false, priority: 0 }
+    }
+
+    fn via(destination: &str, links: &[u32]) -> Route {
+        Route { has_gateway: true, ..by(destination, links) }
     }
 
     fn interface(index: u32) -> Interface {
@@ -345,16 +351,18 @@ mod tests {
     #[test]
     fn the_most_specific_route_says_which_link_leads_to_a_pod() {
         let reach = reach_by(vec![
-            by("0.0.0.0/0", &[1]),
+            via("0.0.0.0/0", &[1]),
             by("11.0.0.0/16", &[5]),
             by("11.0.0.5/32", &[3]),
             by("1100::5/128", &[2]),
-            by("11.0.7.0/24", &[1]),
+            via("11.0.7.0/24", &[1]),
+            by("11.9.0.9/32", &[1]),
         ]);
         assert_eq!(reach.of(ip("11.0.0.5")), peer(3));
         assert_eq!(reach.of(ip("1100::5")), peer(2));
         assert_eq!(reach.of(ip("11.0.0.6")), Ok(PodLink { interface: 5, has_peer: false }));
         assert_eq!(reach.of(ip("11.0.7.1")), Err(Obstacle::Uplink("link1".to_owned())), "an exception");
+        assert_eq!(reach.of(ip("11.9.0.9")), Err(Obstacle::Uplink("link1".to_owned())), "without a router");
         assert_eq!(reach.of(ip("12.0.0.1")), Err(Obstacle::NoRoute));
         assert_eq!(reach.of(ip("1100::1")), Err(Obstacle::NoRoute));
     }
@@ -427,16 +435,17 @@ mod tests {
     }
 
     #[test]
-    fn routes_by_uplinks_are_kept_only_where_they_are_exceptions() {
+    fn routes_to_routers_by_uplinks_are_kept_only_where_they_are_exceptions() {
         let routes = vec![
-            by("0.0.0.0/0", &[1]),
-            by("10.0.0.0/8", &[1]),
+            via("0.0.0.0/0", &[1]),
+            via("10.0.0.0/8", &[1]),
             by("11.0.0.0/16", &[5]),
-            by("11.0.3.0/24", &[1]),
-            by("12.0.0.0/8", &[1, 2]),
+            via("11.0.3.0/24", &[1]),
+            via("12.0.0.0/8", &[1, 2]),
+            by("13.0.0.0/24", &[1]),
         ];
         let Routes(kept) = Routes::new(routes, &BTreeSet::from([1]));
         let kept: Vec<String> = kept.keys().map(ToString::to_string).collect();
-        assert_eq!(kept, ["11.0.0.0/16", "11.0.3.0/24", "12.0.0.0/8"]);
+        assert_eq!(kept, ["11.0.0.0/16", "11.0.3.0/24", "12.0.0.0/8", "13.0.0.0/24"]);
     }
 }

@@ -233,11 +233,15 @@ fn route_to_pods(route: &RouteMessage, unspecified: IpAddr) -> Option<Route> {
         RouteAttribute::Priority(priority) => Some(*priority),
         _ => None,
     });
-    (source_prefix_length == 0 && !is_of_link).then(|| Route {
-        destination,
-        target,
-        priority: priority.unwrap_or(0),
-    })
+    let is_gateway = |attribute: &RouteAttribute| {
+        matches!(
+            attribute,
+            RouteAttribute::Gateway(_) | RouteAttribute::Via(_) | RouteAttribute::MultiPath(_)
+        )
+    };
+    let has_gateway = route.attributes.iter().any(is_gateway);
+    let priority = priority.unwrap_or(0);
+    (source_prefix_length == 0 && !is_of_link).then(|| Route { destination, target, has_gateway, priority })
 }
 
 /// In any table: with policy routing, replies leave by the default route of another one.
@@ -336,6 +340,7 @@ mod tests {
         let by_link = |destination: &str| Route {
             destination: destination.parse().unwrap(),
             target: Target::Links(BTreeSet::from([7])),
+            has_gateway: false,
             priority: 9,
         };
         assert_eq!(route(254, RouteType::Unicast, Some(pod), 128), Some(by_link("1100::5/128")));
