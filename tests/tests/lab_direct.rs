@@ -82,7 +82,8 @@ fn index_of_link(scenario: &Scenario, name: &str) -> u32 {
     line.split(':').next().unwrap().trim().parse().unwrap()
 }
 
-/// Says which link leads to each pod of a Service, in place of the agent.
+/// Says by which link each pod of a Service is reached, and whether by its other end: as the agent would, or as it does where the
+/// kernel lacks `bpf_redirect_peer`.
 fn link_pods(scenario: &Scenario, network: PodNetwork, flags: u32) {
     let map = Map::HashMap(pinned(scenario.lab.pin_path(), "pods"));
     let mut pods: HashMap<_, PodKey, PodValue> = HashMap::try_from(map).unwrap();
