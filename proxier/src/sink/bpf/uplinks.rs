@@ -241,7 +241,7 @@ fn route_to_pods(route: &RouteMessage, unspecified: IpAddr) -> Option<Route> {
     };
     let has_gateway = route.attributes.iter().any(is_gateway);
     let priority = priority.unwrap_or(0);
-    (source_prefix_length == 0 && !is_of_link).then(|| Route { destination, target, has_gateway, priority })
+    (source_prefix_length == 0 && !is_of_link).then_some(Route { destination, target, has_gateway, priority })
 }
 
 /// In any table: with policy routing, replies leave by the default route of another one.
