@@ -118,6 +118,29 @@ fn the_kernel_rewrites_as_the_host_does() {
     });
 }
 
+/// Near the start of a packet they are read in place, farther on by a helper.
+#[test]
+fn a_transport_header_is_read_wherever_it_begins() {
+    with_kernel(|kernel| {
+        for length in [936, 944, 952, 960, 1_200] {
+            for protocol in [TCP, UDP, SCTP] {
+                let tables = tables(&[V6.external], &[V6.pod]);
+                kernel.set(&tables);
+                // Destination options, of which the first byte counts words of eight bytes but the first; then padding.
+                let mut options = vec![0; length - 1];
+                options[0] = u8::try_from(length / 8 - 1).unwrap();
+                let far = Network { extensions: vec![(60, options)], ..Network::default() };
+                let there = packet(&far, V6.client, V6.external, protocol, (40_000, 6_001), b"far away");
+                let (verdict, _) = both(kernel, &tables, "proxier_request", &there);
+                assert_eq!(verdict, Verdict::Rewritten, "{protocol} behind {length} bytes");
+                let back = packet(&far, V6.pod, V6.client, protocol, (6_001, 40_000), b"far away");
+                let (verdict, _) = both(kernel, &tables, "proxier_reply", &back);
+                assert_eq!(verdict, Verdict::Rewritten, "{protocol} behind {length} bytes");
+            }
+        }
+    });
+}
+
 #[test]
 fn the_kernel_chooses_the_pod_that_the_host_chooses() {
     with_kernel(|kernel| {

@@ -28,7 +28,7 @@ const VLAN_TAG: u32 = 4;
 
 /// Headers that begin no farther into a packet are read where they are. The verifier wants a bound, of less than 64 KB; one with a
 /// single bit set would be tested in ways that it does not follow.
-const NEAR: u32 = 4000;
+const NEAR: u32 = 1000;
 
 /// Says that a packet has been rewritten, in the skb's `tc_index`: a field that is zero unless a classifier writes it, and
 /// that bridges and neighbour queues leave alone, other than the control buffer (`cb`). Its readers in the kernel, the
