@@ -92,6 +92,9 @@ pub trait Family {
     /// The destination address.
     fn destination(header: &Self::Header) -> Address;
 
+    /// Whether the header alone does not rule out that the packet is of [`Family::ICMP`].
+    fn may_be_icmp(header: &Self::Header) -> bool;
+
     /// Finds the transport header and fills in `payload`, as [`Payload::within`] made it. `false` means that the packet is
     /// broken, or not one that NAT may touch.
     fn payload<P: Packet>(packet: &P, offset: u32, header: &Self::Header, payload: &mut Payload) -> bool;
@@ -260,6 +263,11 @@ impl Family for V4 {
     }
 
     #[inline(always)]
+    fn may_be_icmp(header: &Self::Header) -> bool {
+        header.protocol == Self::ICMP
+    }
+
+    #[inline(always)]
     fn payload<P: Packet>(_packet: &P, offset: u32, header: &Self::Header, payload: &mut Payload) -> bool {
         let field = u16::from_be_bytes(header.fragment);
         payload.offset = offset + Self::header_length(header);
@@ -418,6 +426,11 @@ impl Family for V6 {
     #[inline(always)]
     fn destination(header: &Self::Header) -> Address {
         header.destination
+    }
+
+    #[inline(always)]
+    fn may_be_icmp(header: &Self::Header) -> bool {
+        header.next_header == Self::ICMP || is_extension(header.next_header)
     }
 
     /// Not inlined: what the compiler would make of the walk and what follows it as one is more paths than the

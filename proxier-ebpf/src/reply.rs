@@ -86,6 +86,8 @@ struct Reply {
     /// To be found.
     external: Address,
     of_pod: PodValue,
+    /// Whether there is one.
+    is_of_pod: bool,
     payload: Payload,
     transport: Transport,
     /// Of the session that makes up for a flow.
@@ -108,6 +110,7 @@ impl Reply {
             peer: Address::UNSPECIFIED,
             external: Address::UNSPECIFIED,
             of_pod: PodValue { external: Address::UNSPECIFIED, flags: 0, interface: 0 },
+            is_of_pod: false,
             payload: Payload::within(length, false),
             transport: Transport::EMPTY,
             service_id: 0,
@@ -131,7 +134,7 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
     path: Option<&mut P::Path>,
 ) -> Option<Verdict> {
     let mut reply = Reply::within(packet.length(), delivery);
-    if !read::<F, P>(packet, offset, &mut reply) {
+    if !read::<F, P, T>(packet, tables, offset, &mut reply) {
         return Some(Verdict::Next);
     }
     match reply.transport.kind {
@@ -140,14 +143,14 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
         Kind::NeighbourRedirect => return Some(of_redirect(packet, tables, &reply.payload)),
         _ => {}
     }
-    let Some(of_pod) = tables.pod(&PodKey { pod: reply.pod }) else {
+    if !reply.is_of_pod {
         return Some(Verdict::Next);
-    };
+    }
+    let of_pod = reply.of_pod;
     // With another pod's address a packet must not get past the filters of the link.
     if path.is_some() && (of_pod.interface == 0 || !packet.is_of_link(of_pod.interface)) {
         return Some(Verdict::Next);
     }
-    reply.of_pod = of_pod;
     let verdict = match path {
         _ if !is_of_external::<F, T>(tables, &mut reply) => Verdict::Next,
         Some(path) => verdict_on_way::<F, P>(packet, offset, &reply, path),
@@ -195,13 +198,20 @@ fn verdict_on_way<F: Family, P: Packet>(
     }
 }
 
-/// Reads the packet. `false` if it is broken, or not one that NAT may touch.
+/// Reads the packet. `false` if it is of nobody's, broken, or not one that NAT may touch.
 #[inline(never)]
-fn read<F: Family, P: Packet>(packet: &P, offset: u32, reply: &mut Reply) -> bool {
+fn read<F: Family, P: Packet, T: Tables>(packet: &P, tables: &T, offset: u32, reply: &mut Reply) -> bool {
     let Some(header) = F::header(packet, offset) else {
         return false;
     };
     (reply.pod, reply.peer) = (F::source(&header), F::destination(&header));
+    if let Some(of_pod) = tables.pod(&PodKey { pod: reply.pod }) {
+        (reply.of_pod, reply.is_of_pod) = (of_pod, true);
+    } else if !F::may_be_icmp(&header) {
+        // Most of what leaves a node is of no such pod, and that is all there is to know. But for an error: any router may report
+        // one.
+        return false;
+    }
     (reply.hop_limit, reply.fragment_flags) = (F::hop_limit(&header), F::fragment_flags(&header));
     F::payload(packet, offset, &header, &mut reply.payload)
         && transport::read(packet, &reply.payload, F::ICMP, &mut reply.transport).is_ok()

@@ -112,6 +112,14 @@ fn cases() -> Vec<Case> {
             repeats: true,
         },
         Case {
+            name: "miss, going out",
+            program: REPLY,
+            before: |_| vec![],
+            packet: |_, _| Packet::udp(at(NOBODYS, 9), at(CLIENT, 9), b""),
+            expected: Verdict::Next,
+            repeats: true,
+        },
+        Case {
             name: "pod's own packet",
             program: REPLY,
             before: |_| vec![],
