@@ -165,7 +165,7 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
     // One path for all from here.
     let is_direct = verifier::forget_whether(verdict == Verdict::Direct);
     let written = send::<F, P>(packet, offset, &reply);
-    let onward = match delivery {
+    let onward = match reply.delivery {
         DELIVERY_DIRECT if is_direct => {
             let Reply { hop_limit, payload, .. } = &reply;
             let passed = written.and_then(|()| F::pass_router(packet, offset, *hop_limit, payload.protocol));
