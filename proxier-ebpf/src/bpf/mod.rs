@@ -66,30 +66,25 @@ fn from_pod(mut packet: Skb<'_, ETHERNET_HEADER>, is_genuine: fn(&TcContext) -> 
     let context = packet.context();
     // Before anything else: there is more of it than of what pods ask for themselves.
     let link = if packet.is_port() { LINK_OF_PORTS } else { packet.interface() };
+    let mut action = Ok(TC_ACT_UNSPEC);
     if maps::may_be_direct(link) {
-        let action = answer_directly(context, packet.is_port());
-        if action != Ok(TC_ACT_UNSPEC) {
-            return code::<ETHERNET_HEADER>(context, action, HOOK);
-        }
+        action = answer_directly(context, packet.is_port());
     }
-    if !local_clients() {
-        // Here for what is delivered directly alone.
-        return TC_ACT_UNSPEC;
-    }
-    let verdict = match proxier_ebpf::request(&mut packet, &KernelTables, Origin::Pod) {
-        Verdict::ToNode => {
-            // While the source is the pod's.
-            let is_genuine = is_genuine(context);
-            match proxier_ebpf::reply(&mut packet, &KernelTables, DELIVERY_NODE) {
-                Verdict::Rewritten if is_genuine => {
-                    return code::<ETHERNET_HEADER>(context, redirect::to_node(context), HOOK);
+    // Without local clients, it is here for what is delivered directly alone.
+    if action == Ok(TC_ACT_UNSPEC) && local_clients() {
+        action = match proxier_ebpf::request(&mut packet, &KernelTables, Origin::Pod) {
+            Verdict::ToNode => {
+                // While the source is the pod's. As one path: what follows is looked at once.
+                let is_genuine = verifier::forget_whether(is_genuine(context));
+                match proxier_ebpf::reply(&mut packet, &KernelTables, DELIVERY_NODE) {
+                    Verdict::Rewritten if is_genuine => redirect::to_node(context),
+                    verdict => outcome::<ETHERNET_HEADER>(context, verdict, HOOK, through_stack),
                 }
-                verdict => verdict,
             }
-        }
-        verdict => verdict,
-    };
-    action::<ETHERNET_HEADER>(context, verdict, HOOK, through_stack)
+            verdict => outcome::<ETHERNET_HEADER>(context, verdict, HOOK, through_stack),
+        };
+    }
+    code::<ETHERNET_HEADER>(context, action, HOOK)
 }
 
 /// Sends a pod's reply past the stack. `TC_ACT_UNSPEC` if it is none, or not one that can go so.
@@ -208,7 +203,18 @@ fn action<const LINK_HEADER: u32>(
     hook: Hook,
     onward: fn(&TcContext) -> Result<i32, DropReason>,
 ) -> i32 {
-    let action = match verdict {
+    code::<LINK_HEADER>(context, outcome::<LINK_HEADER>(context, verdict, hook, onward), hook)
+}
+
+/// The action that a verdict comes to, or why the packet goes.
+#[inline(always)]
+fn outcome<const LINK_HEADER: u32>(
+    context: &TcContext,
+    verdict: Verdict,
+    hook: Hook,
+    onward: fn(&TcContext) -> Result<i32, DropReason>,
+) -> Result<i32, DropReason> {
+    match verdict {
         Verdict::Next | Verdict::ToNode => Ok(TC_ACT_UNSPEC),
         Verdict::Rewritten => onward(context),
         Verdict::Hairpin if matches!(hook, Hook::UplinkEgress) => {
@@ -220,8 +226,7 @@ fn action<const LINK_HEADER: u32>(
             Err(DropReason::NoRoute)
         }
         Verdict::Drop(reason) => Err(reason),
-    };
-    code::<LINK_HEADER>(context, action, hook)
+    }
 }
 
 /// The action's code, after telling of a packet dropped.
