@@ -126,12 +126,18 @@ pub struct PodValue {
     pub interface: u32,
 }
 
+/// The first Linux that delivers past the node's stack. Before 6.4 the verifier takes every number for one that matters
+/// (docs/decisions/003), and gives up a pod's link's program that looks for direct replies as well (6.1: more than 1,000,000
+/// instructions).
+pub const DIRECT_DELIVERY_SINCE: (u8, u8) = (6, 4);
+
 /// [`PodValue::flags`]: the link's other end is in the pod, which `bpf_redirect_peer` reaches. Without it the link is a
-/// bridge, or the kernel lacks the helper.
+/// bridge.
 pub const POD_HAS_PEER: u32 = 1 << 16;
 
 /// Entries of the array `pod_links`: not 0 where pods may send by an interface that are reached past the node's stack. The packet
-/// core notes it before such a pod gets its first packet, and nobody takes it back. Of an interface for which there is nothing,
+/// core notes it before such a pod gets its first packet, the agent when it says by which link a pod is reached, and nobody
+/// takes it back. Of an interface for which there is nothing,
 /// no packet is looked up as a reply.
 ///
 /// An array, as the kernel makes of a look-up there a few instructions. Interfaces whose numbers have the same remainder

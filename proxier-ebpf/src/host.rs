@@ -27,6 +27,8 @@ pub struct HostPacket {
     rewritten: bool,
     /// What the routing will say.
     pub way: Way,
+    /// Whether the stack would not forward it, for it is another host's.
+    pub is_strange: bool,
     /// The packets that it will be segmented into.
     pub segment_size: u32,
     /// The link that it has come by.
@@ -45,7 +47,7 @@ impl HostPacket {
     /// A frame that no program has seen yet.
     #[must_use]
     pub const fn new(bytes: Vec<u8>) -> Self {
-        Self { bytes, rewritten: false, way: Way::Open, segment_size: 0, link: 0 }
+        Self { bytes, rewritten: false, way: Way::Open, is_strange: false, segment_size: 0, link: 0 }
     }
 
     fn write(&mut self, offset: u32, bytes: &[u8]) -> Result<(), WriteError> {
@@ -56,10 +58,12 @@ impl HostPacket {
 }
 
 impl Packet for HostPacket {
-    const CAN_PASS_STACK: bool = true;
-
     /// What was asked of [`Packet::find_way`].
     type Path = Option<(Address, Address, u32)>;
+
+    fn can_pass_stack(&self) -> bool {
+        !self.is_strange
+    }
 
     fn find_way(&self, source: &Address, destination: &Address, length: u32, path: &mut Self::Path) -> Way {
         *path = Some((*source, *destination, length));

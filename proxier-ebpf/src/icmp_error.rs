@@ -97,7 +97,7 @@ pub(crate) fn to_pod<F: Family, P: Packet, T: Tables>(
         .and_then(|()| F::store_address(packet, quote.offset, F::SOURCE, pod, difference))
         .and_then(|()| F::store_address(packet, offset, F::DESTINATION, pod, difference));
     // To conntrack, an error about a conversation that it has not seen is invalid.
-    let delivery = if origin.may_be_direct::<P>() { flow.delivery } else { DELIVERY_STACK };
+    let delivery = if origin.may_be_direct(packet) { flow.delivery } else { DELIVERY_STACK };
     Verdict::of_write(written, Verdict::to_pod(delivery))
 }
 

@@ -6,7 +6,7 @@
 //!
 //! Two rules hold everywhere: everything is checked before the first write, so that a packet is either wholly
 //! rewritten or untouched, or dropped, where the kernel refuses a later write; and a packet that is none of ours costs
-//! one lookup.
+//! one lookup (at the link of a pod that is delivered to directly, two).
 //!
 //! Small functions are `inline(always)`. The steps that a packet takes one after the other are `inline(never)`, so that
 //! their frames take turns on the kernel's 512 bytes of stack and the verifier does not multiply their paths

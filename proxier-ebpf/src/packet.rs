@@ -46,17 +46,21 @@ pub enum Way {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WriteError;
 
+/// As [`Packet::segment_size`]: the kernel's `GSO_BY_FRAGS`, of SCTP.
+pub const SEGMENTS_VARY: u32 = 0xffff;
+
 /// A packet from its link-layer header on.
 ///
 /// Offsets count bytes from the first byte. Reads past the end give `None`. Writes are only asked for where a read
 /// has succeeded before.
 pub trait Packet {
-    /// Whether a packet can be sent past the node's stack where it is seen.
-    const CAN_PASS_STACK: bool;
-
     /// Where a packet leaves the node, as [`Packet::find_way`] has found it. Whoever sends the packet on has to keep it: most
     /// packets need none, and the kernel's stack is small.
     type Path;
+
+    /// Whether the packet's conversation can go past the node's stack: there is a way where it is seen, and the stack would take
+    /// the packet for one that is to be forwarded.
+    fn can_pass_stack(&self) -> bool;
 
     /// Finds the way of a packet of `length` bytes (without link-layer header) from and to these addresses, which need not be
     /// those that it has.
@@ -65,7 +69,8 @@ pub trait Packet {
     /// Whether it has come by this link, as far as that can be told from where it is seen: a port of a bridge is not the bridge.
     fn is_of_link(&self, interface: u32) -> bool;
 
-    /// How much payload each of the packets has into which this one is segmented later (GSO); 0 if it is not.
+    /// How much payload each of the packets has into which this one is segmented later (GSO); 0 if it is not,
+    /// [`SEGMENTS_VARY`] if each has its own.
     fn segment_size(&self) -> u32;
 
     /// The network header; `None` if it is neither IPv4 nor IPv6.

@@ -14,7 +14,7 @@ use crate::{
     V4, V6, direct,
     family::{Family, Fragment, Payload},
     fragment, icmp_error,
-    packet::{NetworkHeader, Packet, Way, WriteError},
+    packet::{NetworkHeader, Packet, SEGMENTS_VARY, Way, WriteError},
     rewrite::{self, Replacement},
     tables::{FlowEntry, SessionEntry, Tables},
     transport::{self, Kind, Transport, tcp_flags},
@@ -191,6 +191,8 @@ fn verdict_on_way<F: Family, P: Packet>(
     }
     let length = direct::length_on_wire(packet, offset, &reply.payload);
     match packet.find_way(&reply.external, &reply.peer, length, path) {
+        // The kernel alone can tell how long each is.
+        Way::Open | Way::TooNarrow if packet.segment_size() == SEGMENTS_VARY => Verdict::FromUplink,
         Way::Open if reply.follows_through_stack => Verdict::FromUplink,
         Way::Open => Verdict::Direct,
         Way::TooNarrow if F::may_be_fragmented(reply.fragment_flags) => Verdict::FromUplink,

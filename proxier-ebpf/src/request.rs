@@ -42,10 +42,10 @@ impl Origin {
         }
     }
 
-    /// Whether a request from there, seen as such a packet, may go past the node's stack.
+    /// Whether a request from there may go past the node's stack.
     #[inline(always)]
-    pub(crate) const fn may_be_direct<P: Packet>(self) -> bool {
-        P::CAN_PASS_STACK && matches!(self, Self::Outside)
+    pub(crate) fn may_be_direct<P: Packet>(self, packet: &P) -> bool {
+        matches!(self, Self::Outside) && packet.can_pass_stack()
     }
 
     /// Whether the pod that a client is on may be the client itself.
@@ -116,7 +116,7 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
     offset: u32,
     origin: Origin,
 ) -> Option<Verdict> {
-    let mut request = Request::within(packet.length(), origin.delivery(), origin.may_be_direct::<P>());
+    let mut request = Request::within(packet.length(), origin.delivery(), origin.may_be_direct(packet));
     match read::<F, P, T>(packet, tables, offset, &mut request) {
         Read::External => {}
         Read::NotOurs => return Some(request.left_alone(origin)),

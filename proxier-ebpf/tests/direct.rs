@@ -17,6 +17,7 @@ use proxier_common::{
 use proxier_ebpf::{
     Verdict, Way,
     host::{HostPacket, HostTables},
+    packet::SEGMENTS_VARY,
 };
 
 /// The node's link to the pod.
@@ -318,6 +319,31 @@ fn what_is_segmented_later_is_judged_by_its_segments() {
             let (_, asked) = reply_at_link(&mut answer, &tables);
             assert_eq!(asked.unwrap().2, header + transport + 1_400);
         }
+    }
+}
+
+#[test]
+fn whose_packets_the_stack_would_not_forward_is_not_served_past_it() {
+    for net in BOTH {
+        let tables = direct_tables(&net);
+        let mut packet = plain(net.client, net.external, UDP, (40_000, 53));
+        packet.is_strange = true;
+        assert_eq!(request(&mut packet, &tables), Verdict::Rewritten);
+        assert_eq!(only_delivery(&tables), DELIVERY_STACK);
+        let mut answer = plain(net.pod, net.client, UDP, (53, 40_000));
+        assert_eq!(reply_at_link(&mut answer, &tables).0, Verdict::Next);
+    }
+}
+
+#[test]
+fn of_segments_that_differ_the_stack_knows_whether_they_fit() {
+    for net in BOTH {
+        let tables = direct_tables(&net);
+        request(&mut plain(net.client, net.external, SCTP, (40_000, 53)), &tables);
+        let mut answer = plain(net.pod, net.client, SCTP, (53, 40_000));
+        answer.segment_size = SEGMENTS_VARY;
+        assert_eq!(reply_at_link(&mut answer, &tables).0, Verdict::FromUplink);
+        assert_eq!(seen(&answer).source, net.external);
     }
 }
 

@@ -42,9 +42,11 @@ impl Refusing {
 }
 
 impl Packet for Refusing {
-    const CAN_PASS_STACK: bool = true;
-
     type Path = <HostPacket as Packet>::Path;
+
+    fn can_pass_stack(&self) -> bool {
+        self.packet.can_pass_stack()
+    }
 
     fn find_way(
         &self,

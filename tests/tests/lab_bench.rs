@@ -43,8 +43,24 @@ fn every_arm_gives_every_figure_and_its_traffic_goes_the_arms_way() {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let plan = Plan { addresses: vec![1, 1_000], ..Plan::quick() };
     let (arms, left_out) = bench::arms_of(&plan, &agent::binary().unwrap()).unwrap();
-    // Five kinds of one size, three of two; those of the agent's that it cannot be yet are named.
-    assert!(arms.len() >= 11 && arms.len() + 2 * left_out.len() == 15, "{arms:?} {left_out:?}");
+    let names: Vec<String> = arms.iter().map(ToString::to_string).collect();
+    let expected = [
+        "wire",
+        "route",
+        "route-again",
+        "iptables",
+        "nft",
+        "nft@1k",
+        "nft-stateless",
+        "nft-stateless@1k",
+        "iptables-10k",
+        "proxier-stack",
+        "proxier-stack@1k",
+        "proxier-direct",
+        "proxier-direct@1k",
+    ];
+    assert_eq!(names, expected);
+    assert_eq!(left_out, ["proxier-xdp: this agent has no --ingress"]);
     let flood = Mutex::new(());
     std::thread::scope(|scope| {
         for arm in arms {

@@ -10,8 +10,10 @@ use anyhow::{Context as _, Result, bail};
 use aya::{
     EbpfLoader, VerifierLogLevel,
     programs::{Program, ProgramError, ProgramInfo, ProgramType},
+    util::KernelVersion,
 };
 use comfy_table::{CellAlignment, Table, presets::NOTHING};
+use proxier_common::DIRECT_DELIVERY_SINCE;
 
 use crate::{
     environment::{Environment, as_root_hint, is_root},
@@ -50,7 +52,13 @@ pub(crate) fn verify(environment: &Environment, object: &Path) -> Result<()> {
     environment.ensure_bpf_file_system()?;
     // Maps that the object wants pinned go to a folder of our own, never among a running agent's.
     let pins = PinFolder::new()?;
+    let (major, minor) = DIRECT_DELIVERY_SINCE;
+    // As the agent does.
+    let direct_delivery =
+        KernelVersion::current().is_ok_and(|running| running >= KernelVersion::new(major, minor, 0));
+    let direct_delivery = u8::from(direct_delivery);
     let mut ebpf = EbpfLoader::new()
+        .override_global("DIRECT_DELIVERY", &direct_delivery, true)
         .default_map_pin_directory(&pins.0)
         .verifier_log_level(VerifierLogLevel::DEBUG | VerifierLogLevel::STATS)
         .load_file(object)

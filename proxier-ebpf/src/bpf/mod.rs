@@ -67,7 +67,7 @@ fn from_pod(mut packet: Skb<'_, ETHERNET_HEADER>, is_genuine: fn(&TcContext) -> 
     // Before anything else: there is more of it than of what pods ask for themselves.
     let link = if packet.is_port() { LINK_OF_PORTS } else { packet.interface() };
     let mut action = Ok(TC_ACT_UNSPEC);
-    if maps::may_be_direct(link) {
+    if direct_delivery() && maps::may_be_direct(link) {
         action = answer_directly(context, packet.is_port());
     }
     // Without local clients, it is here for what is delivered directly alone.
@@ -186,6 +186,17 @@ fn local_clients() -> bool {
     // Volatile: to the compiler it would be the constant that it is here.
     // SAFETY: a static, which nobody writes to.
     unsafe { core::ptr::read_volatile(&raw const NODE_CLIENTS) != 0 }
+}
+
+/// Whether pods are reached past the node's stack. The agent writes it as [`NODE_CLIENTS`]: before
+/// [`DIRECT_DELIVERY_SINCE`](proxier_common::DIRECT_DELIVERY_SINCE), the verifier would not get to the end of a pod's link's program.
+#[unsafe(no_mangle)]
+static DIRECT_DELIVERY: u8 = 1;
+
+#[inline(always)]
+fn direct_delivery() -> bool {
+    // SAFETY: as in `local_clients`.
+    unsafe { core::ptr::read_volatile(&raw const DIRECT_DELIVERY) != 0 }
 }
 
 /// Where a packet goes that has been rewritten and takes its usual way.

@@ -25,6 +25,8 @@ const ETHERTYPE_IPV6: u16 = 0x86dd;
 const ETHERTYPE_VLAN: u16 = 0x8100;
 const ETHERTYPE_QINQ: u16 = 0x88a8;
 const VLAN_TAG: u32 = 4;
+/// `__sk_buff::pkt_type` of what is for this host, by its MAC address (linux/if_packet.h).
+const PACKET_HOST: u32 = 0;
 
 /// Headers that begin no farther into a packet are read where they are. The verifier wants a bound, of less than 64 KB; one with a
 /// single bit set would be tested in ways that it does not follow.
@@ -103,10 +105,19 @@ impl<'a, const LINK_HEADER: u32> Skb<'a, LINK_HEADER> {
 }
 
 impl<const LINK_HEADER: u32> Packet for Skb<'_, LINK_HEADER> {
-    // Without an Ethernet header there is nothing that could go into a pod.
-    const CAN_PASS_STACK: bool = LINK_HEADER != NO_LINK_HEADER;
-
     type Path = Path;
+
+    #[inline(always)]
+    fn can_pass_stack(&self) -> bool {
+        // Without an Ethernet header there is nothing that could go into a pod. Where the stack drops what is for another host
+        // (a port in promiscuous mode), no program may deliver it; and a tag beside the data, also one without a VLAN, is
+        // what `find_way` does not know the way of: half of a conversation would go by the stack.
+        // SAFETY: as in `is_made_here`.
+        let is_ours = unsafe {
+            (*self.context.skb.skb).pkt_type == PACKET_HOST && (*self.context.skb.skb).vlan_present == 0
+        };
+        LINK_HEADER != NO_LINK_HEADER && is_ours
+    }
 
     #[inline(always)]
     fn find_way(&self, source: &Address, destination: &Address, length: u32, path: &mut Path) -> Way {

@@ -63,8 +63,8 @@ pub(super) struct ToBpfArgs {
     /// How to attach to interfaces
     #[arg(long, env = "PROXIER_ATTACH", value_enum, default_value_t)]
     pub(super) attach: AttachMode,
-    /// Leave alone what pods and processes of this node send to external addresses, and pods' links; set anew, it ends
-    /// such conversations
+    /// Leave alone what pods and processes of this node send to external addresses; pods' links then carry programs for
+    /// direct delivery only. Set anew, it ends such conversations
     #[arg(long, env = "PROXIER_NO_LOCAL_CLIENTS", value_parser = BoolishValueParser::new())]
     pub(super) no_local_clients: bool,
     /// What to do with packets for a Service that has no pod on this node

@@ -118,6 +118,7 @@ fn line(key: &ServiceKey, service: &DesiredService, message: &str) {
         draining = list(&service.draining),
         sources = sources(service.sources.as_ref()),
         balance = service.balance.name(),
+        delivery = service.delivery.name(),
         affinity_timeout = service.affinity_timeout,
         "{message}"
     );

@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 use aya::maps::{HashMap, Map, MapData};
-use proxier_common::{FlowKey, FlowValue, SCHEMA};
+use proxier_common::{FlowKey, FlowValue, SCHEMA, is_direct};
 use socket2::{Domain, Protocol, Socket, Type};
 use tempfile::TempDir;
 
@@ -91,8 +91,17 @@ pub struct Way {
     pub forwarded: bool,
     /// Connection tracking of the node has it, with the pod's address in place of the external one.
     pub tracked: bool,
-    /// The agent's table of flows has it.
-    pub flow: bool,
+    /// How the agent delivers it, if its table of flows has it.
+    pub flow: Option<Delivery>,
+}
+
+/// How the agent delivers a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delivery {
+    /// By the node's stack.
+    Stack,
+    /// Past it.
+    Direct,
 }
 
 impl Way {
@@ -102,7 +111,11 @@ impl Way {
         Self {
             forwarded: !matches!(kind, Kind::Wire),
             tracked: matches!(kind, Kind::Iptables | Kind::Nft | Kind::Iptables10k),
-            flow: kind.is_proxier(),
+            flow: match kind {
+                Kind::ProxierDirect => Some(Delivery::Direct),
+                Kind::ProxierStack | Kind::ProxierXdp => Some(Delivery::Stack),
+                _ => None,
+            },
         }
     }
 }
@@ -241,8 +254,8 @@ impl Ground {
                 None => false,
             },
             flow: match self.pins() {
-                Some(pins) => has_flow(&pins, own)?,
-                None => false,
+                Some(pins) => delivery(&pins, own)?,
+                None => None,
             },
         })
     }
@@ -355,14 +368,15 @@ fn is_translated(line: &str, client: SocketAddr, target: Ipv4Addr) -> bool {
 }
 
 /// Whether the agent's table of flows has a conversation of `client` with the pod.
-fn has_flow(pins: &Path, client: SocketAddr) -> anyhow::Result<bool> {
+fn delivery(pins: &Path, client: SocketAddr) -> anyhow::Result<Option<Delivery>> {
     let map = Map::LruHashMap(MapData::from_pin(pins.join("flows")).context("the agent's table of flows")?);
     let flows: HashMap<MapData, FlowKey, FlowValue> = HashMap::try_from(map)?;
     let is_it = |key: &FlowKey| {
         key.pod.to_ip() == IpAddr::V4(POD)
             && SocketAddr::new(key.peer.to_ip(), u16::from_be(key.peer_port)) == client
     };
-    Ok(flows.keys().flatten().any(|key| is_it(&key)))
+    let flow = flows.iter().flatten().find(|(key, _)| is_it(key));
+    Ok(flow.map(|(_, flow)| if is_direct(flow.delivery) { Delivery::Direct } else { Delivery::Stack }))
 }
 
 #[cfg(test)]
@@ -386,7 +400,12 @@ mod tests {
     fn every_kind_has_a_way_of_its_own_group() {
         assert!(!Way::of(Kind::Wire).forwarded);
         assert_eq!(Way::of(Kind::Route), Way::of(Kind::NftStateless), "neither leaves a trace in a table");
-        assert!(Way::of(Kind::Nft).tracked && !Way::of(Kind::Nft).flow);
-        assert!(Way::of(Kind::ProxierDirect).flow && !Way::of(Kind::ProxierDirect).tracked);
+        assert!(Way::of(Kind::Nft).tracked && Way::of(Kind::Nft).flow.is_none());
+        assert!(!Way::of(Kind::ProxierDirect).tracked);
+        assert_ne!(
+            Way::of(Kind::ProxierDirect),
+            Way::of(Kind::ProxierStack),
+            "a fallback would go unnoticed"
+        );
     }
 }

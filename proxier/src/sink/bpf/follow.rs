@@ -9,6 +9,7 @@ use anyhow::Context as _;
 use super::{
     BpfSink, Names,
     attach::{self, Role},
+    preflight,
     reach::{Programs, Reach},
     uplinks::{Interface, LinkHeader, View},
 };
@@ -78,7 +79,7 @@ impl BpfSink {
 
     /// How pods are reached, without the programs of the interfaces that are `going`.
     fn reach(&self, view: &View, going: &BTreeSet<u32>) -> Reach {
-        let mut programs = Programs::default();
+        let mut programs = Programs { too_old: !preflight::has_direct_delivery(), ..Programs::default() };
         let mut has_ethernet = false;
         for (interface, role) in &self.attached {
             if going.contains(&interface.index) || self.refused.contains(interface) {

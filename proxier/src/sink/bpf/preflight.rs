@@ -8,6 +8,7 @@ use std::{
 };
 
 use aya::util::KernelVersion;
+use proxier_common::DIRECT_DELIVERY_SINCE;
 use thiserror::Error;
 
 use crate::model::Family;
@@ -76,7 +77,15 @@ pub(super) fn check(pin_path: &Path) -> Result<(), PreflightError> {
 
 /// Whether the running kernel has tcx links.
 pub(super) fn has_tcx() -> bool {
-    let (major, minor) = FIRST_TCX_KERNEL;
+    is_at_least(FIRST_TCX_KERNEL)
+}
+
+/// Whether the running kernel takes programs that deliver past its stack.
+pub(super) fn has_direct_delivery() -> bool {
+    is_at_least(DIRECT_DELIVERY_SINCE)
+}
+
+fn is_at_least((major, minor): (u8, u8)) -> bool {
     KernelVersion::current().is_ok_and(|running| running >= KernelVersion::new(major, minor, 0))
 }
 

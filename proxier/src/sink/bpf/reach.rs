@@ -8,7 +8,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use proxier_common::Address;
+use proxier_common::{Address, DIRECT_DELIVERY_SINCE};
 
 use super::{preflight, uplinks::Interface};
 use crate::{
@@ -133,6 +133,8 @@ pub(super) struct Programs {
     pub(super) pod_links: BTreeSet<u32>,
     /// Whether, of the uplinks, there are some, and none has an Ethernet header.
     pub(super) no_ethernet: bool,
+    /// Whether the kernel is one whose programs do not deliver directly.
+    pub(super) too_old: bool,
 }
 
 /// How pods are reached, at one moment.
@@ -141,6 +143,7 @@ pub(super) struct Reach {
     routes: Routes,
     links: BTreeMap<u32, Link>,
     no_ethernet: bool,
+    too_old: bool,
     not_forwarding: BTreeSet<Family>,
 }
 
@@ -148,6 +151,7 @@ pub(super) struct Reach {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Obstacle {
     NotForwarding(Family),
+    Kernel,
     NoEthernet,
     NoRoute,
     OfNode,
@@ -162,7 +166,14 @@ impl fmt::Display for Obstacle {
         match self {
             Self::NotForwarding(family) => {
                 let parameter = preflight::forwarding_parameter(*family);
-                write!(f, "{parameter} is 0: run `sysctl -w {parameter}=1`")
+                write!(
+                    f,
+                    "the node forwards no {family}, by its stack neither: run `sysctl -w {parameter}=1`"
+                )
+            }
+            Self::Kernel => {
+                let (major, minor) = DIRECT_DELIVERY_SINCE;
+                write!(f, "this kernel is older than Linux {major}.{minor}, the first with direct delivery")
             }
             Self::NoEthernet => {
                 f.write_str("no uplink has Ethernet headers, which a packet needs to go into a pod")
@@ -213,7 +224,8 @@ impl Reach {
             (*index, Link { name: name.clone(), kind, has_programs })
         };
         let links = interfaces.iter().map(link).collect();
-        Self { routes, links, no_ethernet: programs.no_ethernet, not_forwarding }
+        let Programs { no_ethernet, too_old, .. } = *programs;
+        Self { routes, links, no_ethernet, too_old, not_forwarding }
     }
 
     /// Whether it takes these families for those that the node does not forward.
@@ -226,6 +238,9 @@ impl Reach {
         let family = Family::of(pod);
         if self.not_forwarding.contains(&family) {
             return Err(Obstacle::NotForwarding(family));
+        }
+        if self.too_old {
+            return Err(Obstacle::Kernel);
         }
         if self.no_ethernet {
             return Err(Obstacle::NoEthernet);
@@ -332,7 +347,7 @@ mod tests {
     }
 
     fn programs() -> Programs {
-        Programs { uplinks: [1].into(), pod_links: [2, 3, 6, 7, 9].into(), no_ethernet: false }
+        Programs { uplinks: [1].into(), pod_links: [2, 3, 6, 7, 9].into(), ..Programs::default() }
     }
 
     fn reach_by(routes: Vec<Route>) -> Reach {
@@ -417,6 +432,9 @@ mod tests {
         let programs = Programs { no_ethernet: true, ..programs() };
         let reach = Reach::new(&interfaces(), routes(), &programs, BTreeSet::new());
         assert_eq!(reach.of(ip("11.0.0.2")), Err(Obstacle::NoEthernet));
+        let programs = Programs { too_old: true, ..programs };
+        let reach = Reach::new(&interfaces(), routes(), &programs, BTreeSet::new());
+        assert_eq!(reach.of(ip("11.0.0.2")), Err(Obstacle::Kernel));
     }
 
     #[test]

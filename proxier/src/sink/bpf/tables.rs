@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashSet,
-    io,
+    fmt, io,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
     sync::{
@@ -14,16 +14,17 @@ use std::{
 use aya::{
     Pod,
     maps::{
-        HashMap, Map, MapData, MapError, MapInfo, MapType, PerCpuArray, PerCpuValues, RingBuf,
+        Array, HashMap, Map, MapData, MapError, MapInfo, MapType, PerCpuArray, PerCpuValues, RingBuf,
         lpm_trie::{Key as LpmKey, LpmTrie},
     },
     sys::SyscallError,
 };
 use proxier_common::{
     Address, BackendKey, BackendValue, DROP_COUNTERS, EVENT_BYTES, EventBudget, ExternalKey, FlowKey,
-    FlowValue, FragmentKey, FragmentValue, MAX_BACKENDS, MAX_FLOWS, MAX_FRAGMENTS, MAX_POD_LINKS,
-    MAX_SERVICES, MAX_SESSIONS, MAX_SOURCES, MemberKey, MemberValue, NameKey, NameValue, PodKey, PodValue,
-    SCHEMA, STATISTICS, ServiceValue, SessionKey, SessionValue, SourceKey, SourceValue,
+    FlowValue, FragmentKey, FragmentValue, LINK_OF_PORTS, MAX_BACKENDS, MAX_FLOWS, MAX_FRAGMENTS,
+    MAX_POD_LINKS, MAX_SERVICES, MAX_SESSIONS, MAX_SOURCES, MemberKey, MemberValue, NameKey, NameValue,
+    POD_HAS_PEER, PodKey, PodValue, SCHEMA, STATISTICS, ServiceValue, SessionKey, SessionValue, SourceKey,
+    SourceValue,
 };
 use thiserror::Error;
 
@@ -363,6 +364,40 @@ impl Sources {
     }
 }
 
+/// Where the programs look for direct replies.
+struct Links(Array<MapData, u64>);
+
+impl fmt::Debug for Links {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Links").finish_non_exhaustive()
+    }
+}
+
+impl Links {
+    fn open(pin_path: &Path) -> Result<Self, TableError> {
+        let map = Array::try_from(Map::Array(open_pinned(pin_path, POD_LINKS)?));
+        let error = |source| TableError::Access { map: POD_LINKS.name, action: "opened", source };
+        map.map(Self).map_err(error)
+    }
+
+    /// Has the programs look for them at a pod's link. They note it by themselves when a conversation begins; those that go on when
+    /// the link is replaced need it before.
+    fn expect_replies_of(&mut self, pod: &PodValue) -> Result<(), TableError> {
+        if pod.interface == 0 {
+            return Ok(());
+        }
+        let ports = (pod.flags & POD_HAS_PEER == 0).then_some(LINK_OF_PORTS);
+        for link in [pod.interface % MAX_POD_LINKS].into_iter().chain(ports) {
+            self.0.set(link, 1, 0).map_err(|source| TableError::Access {
+                map: POD_LINKS.name,
+                action: "written",
+                source,
+            })?;
+        }
+        Ok(())
+    }
+}
+
 /// The maps that the agent reads and writes.
 #[derive(Debug)]
 pub(super) struct Tables {
@@ -370,6 +405,7 @@ pub(super) struct Tables {
     pub(super) backends: Table<BackendKey, BackendValue>,
     pub(super) members: Table<MemberKey, MemberValue>,
     pub(super) pods: Table<PodKey, PodValue>,
+    pod_links: Links,
     pub(super) sources: Sources,
     pub(super) names: Table<NameKey, NameValue>,
     pub(super) sessions: Table<SessionKey, SessionValue>,
@@ -388,6 +424,7 @@ impl Tables {
             backends: Table::open(pin_path, BACKENDS)?,
             members: Table::open(pin_path, MEMBERS)?,
             pods: Table::open(pin_path, PODS)?,
+            pod_links: Links::open(pin_path)?,
             sources: Sources::open(pin_path)?,
             names: Table::open(pin_path, NAMES)?,
             sessions: Table::open(pin_path, SESSIONS)?,
@@ -459,7 +496,10 @@ impl Tables {
             Step::RemoveSource(range) => self.sources.remove(range),
             Step::PutMember(key, value) => self.members.put(key, value),
             Step::RemoveMember(key) => self.members.remove(key),
-            Step::PutPod(key, value) => self.pods.put(key, value),
+            Step::PutPod(key, value) => {
+                self.pod_links.expect_replies_of(value)?;
+                self.pods.put(key, value)
+            }
             Step::RemovePod(key) => self.pods.remove(key),
             Step::PutService(key, value) => self.services.put(key, value),
             Step::RemoveService(key) => self.services.remove(key),
