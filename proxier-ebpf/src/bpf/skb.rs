@@ -112,11 +112,12 @@ impl<const LINK_HEADER: u32> Packet for Skb<'_, LINK_HEADER> {
         // Without an Ethernet header there is nothing that could go into a pod. Where the stack drops what is for another host
         // (a port in promiscuous mode), no program may deliver it; and a tag beside the data, also one without a VLAN, is
         // what `find_way` does not know the way of: half of a conversation would go by the stack.
+        let skb = self.context.skb.skb;
         // SAFETY: as in `is_made_here`.
-        let is_ours = unsafe {
-            (*self.context.skb.skb).pkt_type == PACKET_HOST && (*self.context.skb.skb).vlan_present == 0
-        };
-        LINK_HEADER != NO_LINK_HEADER && is_ours
+        let is_ours = unsafe { (*skb).pkt_type } == PACKET_HOST;
+        // SAFETY: as in `is_made_here`.
+        let is_tagged = unsafe { (*skb).vlan_present } != 0;
+        LINK_HEADER != NO_LINK_HEADER && is_ours && !is_tagged
     }
 
     #[inline(always)]
