@@ -86,8 +86,6 @@ struct Reply {
     /// To be found.
     external: Address,
     of_pod: PodValue,
-    /// Whether there is one.
-    is_of_pod: bool,
     payload: Payload,
     transport: Transport,
     /// Of the session that makes up for a flow.
@@ -110,7 +108,6 @@ impl Reply {
             peer: Address::UNSPECIFIED,
             external: Address::UNSPECIFIED,
             of_pod: PodValue { external: Address::UNSPECIFIED, flags: 0, interface: 0 },
-            is_of_pod: false,
             payload: Payload::within(length, false),
             transport: Transport::EMPTY,
             service_id: 0,
@@ -142,9 +139,6 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
         Kind::NeighbourRedirect if path.is_some() => return Some(Verdict::Next),
         Kind::NeighbourRedirect => return Some(of_redirect(packet, tables, &reply.payload)),
         _ => {}
-    }
-    if !reply.is_of_pod {
-        return Some(Verdict::Next);
     }
     let of_pod = reply.of_pod;
     // With another pod's address a packet must not get past the filters of the link.
@@ -200,23 +194,37 @@ fn verdict_on_way<F: Family, P: Packet>(
     }
 }
 
-/// Reads the packet. `false` if it is of nobody's, broken, or not one that NAT may touch.
+/// Reads the packet. `false` if it is broken, not one that NAT may touch, or neither of a pod's nor a report about another packet.
 #[inline(never)]
 fn read<F: Family, P: Packet, T: Tables>(packet: &P, tables: &T, offset: u32, reply: &mut Reply) -> bool {
     let Some(header) = F::header(packet, offset) else {
         return false;
     };
     (reply.pod, reply.peer) = (F::source(&header), F::destination(&header));
-    if let Some(of_pod) = tables.pod(&PodKey { pod: reply.pod }) {
-        (reply.of_pod, reply.is_of_pod) = (of_pod, true);
-    } else if !F::may_be_icmp(&header) {
-        // Most of what leaves a node is of no such pod, and that is all there is to know. But for an error: any router may report
-        // one.
+    // Most of what leaves a node is of no such pod, and that is all there is to know.
+    let may_be_icmp = F::may_be_icmp(&header);
+    if !may_be_icmp && !find_pod(tables, reply) {
         return false;
     }
     (reply.hop_limit, reply.fragment_flags) = (F::hop_limit(&header), F::fragment_flags(&header));
-    F::payload(packet, offset, &header, &mut reply.payload)
-        && transport::read(packet, &reply.payload, F::ICMP, &mut reply.transport).is_ok()
+    if !F::payload(packet, offset, &header, &mut reply.payload)
+        || transport::read(packet, &reply.payload, F::ICMP, &mut reply.transport).is_err()
+    {
+        return false;
+    }
+    // These may be of any router, and are about somebody else.
+    let is_report = matches!(reply.transport.kind, Kind::IcmpError | Kind::NeighbourRedirect);
+    !may_be_icmp || is_report || find_pod(tables, reply)
+}
+
+/// Whether the packet is of a pod that belongs to a Service.
+#[inline(always)]
+fn find_pod<T: Tables>(tables: &T, reply: &mut Reply) -> bool {
+    let Some(of_pod) = tables.pod(&PodKey { pod: reply.pod }) else {
+        return false;
+    };
+    reply.of_pod = of_pod;
+    true
 }
 
 /// Whether the packet answers a client of an external address, which then is in `reply`.

@@ -165,7 +165,7 @@ fn clients_outside_are_served_directly_in_every_cell_of_the_matrix_whatever_netf
     ] {
         table.extend(matrix(lab, USUAL_RULES, &[Client::Outside]).unwrap());
     }
-    assert_passed(&table, "direct matrix", 1);
+    assert_passed(&table, "matrix-direct", 1);
 }
 
 #[test]
@@ -175,7 +175,7 @@ fn all_other_clients_are_served_as_ever_beside_those_that_are_served_directly() 
     for lab in [(PodNetwork::PointToPoint, POD_HAS_PEER, true), (PodNetwork::Bridge, 0, true)] {
         table.extend(matrix(lab, "", &Client::ALL).unwrap());
     }
-    assert_passed(&table, "matrix beside direct clients", Client::ALL.len());
+    assert_passed(&table, "matrix-beside-direct", Client::ALL.len());
 }
 
 fn every_protocol_is_delivered(network: PodNetwork, flags: u32) {
