@@ -137,8 +137,7 @@ pub const POD_HAS_PEER: u32 = 1 << 16;
 
 /// Entries of the array `pod_links`: not 0 where pods may send by an interface that are reached past the node's stack. The packet
 /// core notes it before such a pod gets its first packet, the agent when it says by which link a pod is reached, and nobody
-/// takes it back. Of an interface for which there is nothing,
-/// no packet is looked up as a reply.
+/// takes it back. Of an interface for which there is nothing, no packet is looked up as a reply.
 ///
 /// An array, as the kernel makes of a look-up there a few instructions. Interfaces whose numbers have the same remainder
 /// share an entry, which costs look-ups in vain.

@@ -1,7 +1,7 @@
 //! Past the node's stack: what a router does that is not passed any more, and whether a packet can do without
 //! (docs/decisions/017).
 
-use proxier_common::protocol;
+use proxier_common::{PodValue, protocol};
 
 use crate::{
     V4, V6,
@@ -72,4 +72,11 @@ pub(crate) fn length_on_wire<P: Packet>(packet: &P, offset: u32, payload: &Paylo
         _ => UDP_HEADER,
     };
     payload.offset.wrapping_sub(offset) + transport_header + size
+}
+
+/// Whether a packet of a pod came by the link that leads there. With another pod's address it must not get past the filters of
+/// its link.
+#[inline(always)]
+pub(crate) fn is_by_link_of<P: Packet>(packet: &P, pod: &PodValue) -> bool {
+    pod.interface != 0 && packet.is_of_link(pod.interface)
 }

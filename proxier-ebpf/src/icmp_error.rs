@@ -17,7 +17,7 @@ use proxier_common::{
 };
 
 use crate::{
-    checksum,
+    checksum, direct,
     family::{Family, Fragment, Payload},
     packet::{Packet, WriteError},
     request::Origin,
@@ -136,9 +136,7 @@ pub(crate) fn to_client<F: Family, P: Packet, T: Tables>(
     }
     // As of any reply: from the pod's own link only.
     if delivery == DELIVERY_DIRECT
-        && !tables
-            .pod(&PodKey { pod })
-            .is_some_and(|pod| pod.interface != 0 && packet.is_of_link(pod.interface))
+        && !tables.pod(&PodKey { pod }).is_some_and(|pod| direct::is_by_link_of(packet, &pod))
     {
         return Verdict::Next;
     }

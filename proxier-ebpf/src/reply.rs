@@ -140,9 +140,7 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
         Kind::NeighbourRedirect => return Some(of_redirect(packet, tables, &reply.payload)),
         _ => {}
     }
-    let of_pod = reply.of_pod;
-    // With another pod's address a packet must not get past the filters of the link.
-    if path.is_some() && (of_pod.interface == 0 || !packet.is_of_link(of_pod.interface)) {
+    if path.is_some() && !direct::is_by_link_of(packet, &reply.of_pod) {
         return Some(Verdict::Next);
     }
     let verdict = match path {
