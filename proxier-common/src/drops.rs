@@ -89,11 +89,14 @@ pub enum Hook {
     PodIngress = 2,
     /// Egress of a pod's host-side link: replies to pods on this node.
     PodEgress = 3,
+    /// XDP at an uplink, before its ingress: requests.
+    UplinkXdp = 4,
 }
 
 impl Hook {
     /// Every hook, in the order of its number.
-    pub const ALL: [Self; 4] = [Self::UplinkIngress, Self::UplinkEgress, Self::PodIngress, Self::PodEgress];
+    pub const ALL: [Self; 5] =
+        [Self::UplinkIngress, Self::UplinkEgress, Self::PodIngress, Self::PodEgress, Self::UplinkXdp];
 
     /// The name that commands and metrics print.
     #[must_use]
@@ -103,6 +106,7 @@ impl Hook {
             Self::UplinkEgress => "uplink-egress",
             Self::PodIngress => "pod-ingress",
             Self::PodEgress => "pod-egress",
+            Self::UplinkXdp => "uplink-xdp",
         }
     }
 
@@ -122,7 +126,7 @@ impl Hook {
 }
 
 const REASONS: u32 = 14;
-const HOOKS: u32 = 4;
+const HOOKS: u32 = 5;
 /// Room for hooks to come, as for reasons.
 const MAX_HOOKS: u32 = 8;
 const _: () = assert!(HOOKS <= MAX_HOOKS);

@@ -77,6 +77,13 @@ pub const fn apply_as(zero_means_none: bool, field: u16, difference: u32) -> u16
     }
 }
 
+/// What becomes of a transport checksum that is complete. Where zero says that there is none, zero stays.
+#[inline(always)]
+#[must_use]
+pub const fn adjust(zero_means_none: bool, field: u16, difference: u32) -> u16 {
+    if zero_means_none && field == 0 { 0 } else { apply_as(zero_means_none, field, difference) }
+}
+
 /// The checksum field over words of this sum (RFC 1071).
 #[inline(always)]
 #[must_use]

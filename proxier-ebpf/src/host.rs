@@ -118,11 +118,7 @@ impl Packet for HostPacket {
         zero_means_none: bool,
     ) -> Result<(), WriteError> {
         let field: u16 = self.load(offset).ok_or(WriteError)?;
-        if zero_means_none && field == 0 {
-            return Ok(());
-        }
-        let field = checksum::apply_as(zero_means_none, field, difference);
-        self.write(offset, &field.to_ne_bytes())
+        self.write(offset, &checksum::adjust(zero_means_none, field, difference).to_ne_bytes())
     }
 
     fn store_checksum(&mut self, offset: u32, checksum: u16) -> Result<(), WriteError> {

@@ -73,6 +73,16 @@ pub trait Packet {
     /// [`SEGMENTS_VARY`] if each has its own.
     fn segment_size(&self) -> u32;
 
+    /// Whether a hook that knows more of the packet sees it after this one (XDP, before tc): what is let go unchanged here is
+    /// done there.
+    const COMES_AGAIN: bool = false;
+
+    /// Makes room for [`Packet::set_rewritten`]. `false` if there is none: nobody could tell afterwards that the packet was
+    /// rewritten, so it must not be.
+    fn claim(&mut self) -> bool {
+        true
+    }
+
     /// The network header; `None` if it is neither IPv4 nor IPv6.
     fn network_header(&self) -> Option<NetworkHeader>;
 

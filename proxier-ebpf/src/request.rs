@@ -131,6 +131,7 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
     }
     match request.transport.kind {
         Kind::NeighbourDiscovery | Kind::NeighbourRedirect => return Some(Verdict::Next),
+        Kind::IcmpError if P::COMES_AGAIN && !packet.claim() => return Some(Verdict::Next),
         Kind::IcmpError => return None,
         _ => {}
     }
@@ -146,6 +147,9 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
     }
     if request.service.source_generation != 0 && !is_permitted(tables, &request) {
         return Some(Verdict::Drop(DropReason::SourceNotAllowed));
+    }
+    if P::COMES_AGAIN && !is_for_here::<F, P>(packet, &request) {
+        return Some(Verdict::Next);
     }
     request.now = tables.now();
     let mut placement = Placement {
@@ -197,6 +201,13 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
         Fragment::First | Fragment::Later => Verdict::Rewritten,
     };
     Some(Verdict::of_write(written, verdict))
+}
+
+/// Whether a packet that comes again is best rewritten here and now.
+#[inline(always)]
+fn is_for_here<F: Family, P: Packet>(packet: &mut P, request: &Request) -> bool {
+    let Request { destination: ExternalKey { external }, peer, payload, transport, .. } = request;
+    rewrite::is_arithmetic::<F, P>(packet, payload, transport, external, peer) && packet.claim()
 }
 
 #[inline(never)]

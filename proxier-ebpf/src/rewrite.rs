@@ -74,14 +74,45 @@ fn transport_checksum<F: Family, P: Packet>(
         }
         // UDP may carry another packet whose checksum is left to the hardware, while its own is complete already
         // (Linux, "local checksum offload"). To the kernel both look alike; the field tells them apart.
-        let length = payload.end.wrapping_sub(payload.offset);
-        let left_to_hardware =
-            F::pseudo_header_sum(replacement.old, replacement.other, transport.protocol, length);
-        if field != left_to_hardware {
+        if !looks_left_to_hardware::<F>(field, payload, transport, replacement.old, replacement.other) {
             packet.store_checksum(at, checksum::apply_as(true, field, difference))?;
             return Ok(difference);
         }
     }
     packet.adjust_transport_checksum(at, difference, transport.zero_means_none)?;
     Ok(difference)
+}
+
+/// Whether a checksum may be one that is left to the hardware (`CHECKSUM_PARTIAL`), with the sum of the pseudo-header of
+/// `old` and `other` in its place. So looks one complete checksum in 65,536 as well.
+#[inline(always)]
+fn looks_left_to_hardware<F: Family>(
+    field: u16,
+    payload: &Payload,
+    transport: &Transport,
+    old: Address,
+    other: Address,
+) -> bool {
+    let length = payload.end.wrapping_sub(payload.offset);
+    field == F::pseudo_header_sum(old, other, transport.protocol, length)
+}
+
+/// Whether the packet's transport checksum can be mended by arithmetic alone, whoever knows what it is: not one that may be left
+/// to the hardware, which is a sum where a complete one is its complement.
+#[inline(never)]
+pub(crate) fn is_arithmetic<F: Family, P: Packet>(
+    packet: &P,
+    payload: &Payload,
+    transport: &Transport,
+    old: &Address,
+    other: &Address,
+) -> bool {
+    if transport.checksum_offset == 0 {
+        return true;
+    }
+    let Some(field) = packet.load::<u16>(transport.checksum_offset) else {
+        return false;
+    };
+    transport.zero_means_none && field == 0
+        || !looks_left_to_hardware::<F>(field, payload, transport, *old, *other)
 }

@@ -1,6 +1,5 @@
 //! Telling of packets dropped: exactly by counters, and by samples on the ring buffer.
 
-use aya_ebpf::programs::TcContext;
 use proxier_common::{Address, DropEvent, DropReason, ExternalKey, Hook, PodKey, protocol};
 use proxier_ebpf::{
     Family, NetworkHeader, Packet, Tables, V4, V6,
@@ -8,14 +7,17 @@ use proxier_ebpf::{
     verifier,
 };
 
-use super::{
-    maps::{self, KernelTables},
-    skb::Skb,
-};
+use super::maps::{self, KernelTables};
+
+/// A packet at an interface.
+pub(super) trait AtInterface: Packet {
+    /// Its index.
+    fn interface(&self) -> u32;
+}
 
 /// Counts a packet dropped, and reports it if not too many have been already.
 #[inline(never)]
-pub(super) fn dropped<const LINK_HEADER: u32>(context: &TcContext, reason: DropReason, hook: Hook) {
+pub(super) fn dropped<P: AtInterface>(packet: &P, reason: DropReason, hook: Hook) {
     // Every reason is a path of its own up to here; they go on as one.
     let reason = verifier::forget(reason as u32);
     let counter = hook.counter_at(reason);
@@ -37,7 +39,7 @@ pub(super) fn dropped<const LINK_HEADER: u32>(context: &TcContext, reason: DropR
             hook: hook as u8,
             padding: [0; 5],
         };
-        describe(&Skb::<LINK_HEADER>::new(context), &mut event);
+        describe(packet, &mut event);
         maps::report(&event);
     }
 }
@@ -45,7 +47,7 @@ pub(super) fn dropped<const LINK_HEADER: u32>(context: &TcContext, reason: DropR
 /// Reads the packet once more: what the core knew of it is gone with its stack. Not behind IPv6 extension headers: the
 /// walk along them is what the verifier spends most of its patience on, and here is but a sample.
 #[inline(never)]
-fn describe<const LINK_HEADER: u32>(packet: &Skb<'_, LINK_HEADER>, event: &mut DropEvent) {
+fn describe<P: AtInterface>(packet: &P, event: &mut DropEvent) {
     event.length = packet.length();
     event.interface = packet.interface();
     let transport = match packet.network_header() {

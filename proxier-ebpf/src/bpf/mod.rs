@@ -7,20 +7,57 @@ mod maps;
 mod redirect;
 mod skb;
 mod too_big;
+mod xdp;
 
 use aya_ebpf::{
-    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
-    macros::classifier,
-    programs::TcContext,
+    bindings::{
+        TC_ACT_SHOT, TC_ACT_UNSPEC,
+        xdp_action::{XDP_DROP, XDP_PASS},
+    },
+    macros::{classifier, xdp},
+    programs::{TcContext, XdpContext},
 };
 use proxier_common::{DELIVERY_NODE, DELIVERY_STACK, DropReason, Hook, LINK_OF_PORTS};
-use proxier_ebpf::{Origin, Verdict, Way, packet::WriteError, verifier};
+use proxier_ebpf::{Origin, Packet as _, Verdict, Way, packet::WriteError, verifier};
 
 use self::{
     maps::KernelTables,
     redirect::{Path, Side},
     skb::{ETHERNET_HEADER, NO_LINK_HEADER, Skb},
+    xdp::{Frame, Onward},
 };
+
+/// Requests, before there is an skb, at an uplink with Ethernet headers. What it lets go as it came, [`proxier_request`] sees.
+#[xdp(frags)]
+pub(crate) fn proxier_xdp(context: XdpContext) -> u32 {
+    from_driver(&context)
+}
+
+/// The same for generic XDP. There, for a program that can do with fragments, the kernel makes a new skb that has lost its
+/// `mac_len`, and tc would see it without its Ethernet header (Linux 6.9 to 6.18 at least).
+#[xdp]
+pub(crate) fn proxier_xdp_skb(context: XdpContext) -> u32 {
+    from_driver(&context)
+}
+
+#[inline(always)]
+fn from_driver(context: &XdpContext) -> u32 {
+    let mut packet = Frame::new(context);
+    let marked = match proxier_ebpf::request(&mut packet, &KernelTables, Origin::Outside) {
+        Verdict::Rewritten => packet.mark(Onward::Stack),
+        Verdict::Forward => packet.mark(Onward::Forward),
+        Verdict::ForwardIntoPod => packet.mark(Onward::ForwardIntoPod),
+        Verdict::Drop(reason) => Err(reason),
+        _ => Ok(()),
+    };
+    match marked {
+        Ok(()) => XDP_PASS,
+        Err(reason) => {
+            events::dropped(&packet, reason, Hook::UplinkXdp);
+            XDP_DROP
+        }
+    }
+}
 
 /// Requests, at the ingress of an uplink with Ethernet headers.
 #[classifier]
@@ -134,7 +171,14 @@ pub(crate) fn proxier_pod_out(context: TcContext) -> i32 {
 #[inline(always)]
 fn from_outside<const LINK_HEADER: u32>(context: &TcContext) -> i32 {
     let mut packet = Skb::<LINK_HEADER>::new(context);
-    match proxier_ebpf::request(&mut packet, &KernelTables, Origin::Outside) {
+    let verdict = match packet.mark() {
+        None => proxier_ebpf::request(&mut packet, &KernelTables, Origin::Outside),
+        Some(mark) => {
+            packet.set_rewritten();
+            mark.verdict()
+        }
+    };
+    match verdict {
         verdict @ (Verdict::Forward | Verdict::ForwardIntoPod) => {
             let into_pod = verifier::forget_whether(verdict == Verdict::ForwardIntoPod);
             code::<LINK_HEADER>(context, forward::<LINK_HEADER>(context, into_pod), Hook::UplinkIngress)
@@ -246,7 +290,7 @@ fn code<const LINK_HEADER: u32>(context: &TcContext, action: Result<i32, DropRea
     match action {
         Ok(action) => action,
         Err(reason) => {
-            events::dropped::<LINK_HEADER>(context, reason, hook);
+            events::dropped(&Skb::<LINK_HEADER>::new(context), reason, hook);
             TC_ACT_SHOT
         }
     }

@@ -13,15 +13,19 @@ use proxier_ebpf::{
     verifier,
 };
 
-use super::redirect::{self, Ends, Path};
+use super::{
+    events::AtInterface,
+    redirect::{self, Ends, Path},
+    xdp::Mark,
+};
 
 /// Length of an Ethernet header, in bytes.
 pub(super) const ETHERNET_HEADER: u32 = 14;
 /// Length of the header of links that have none.
 pub(super) const NO_LINK_HEADER: u32 = 0;
 
-const ETHERTYPE_IPV4: u16 = 0x0800;
-const ETHERTYPE_IPV6: u16 = 0x86dd;
+pub(super) const ETHERTYPE_IPV4: u16 = 0x0800;
+pub(super) const ETHERTYPE_IPV6: u16 = 0x86dd;
 const ETHERTYPE_VLAN: u16 = 0x8100;
 const ETHERTYPE_QINQ: u16 = 0x88a8;
 const VLAN_TAG: u32 = 4;
@@ -101,6 +105,35 @@ impl<'a, const LINK_HEADER: u32> Skb<'a, LINK_HEADER> {
     pub(super) fn interface(&self) -> u32 {
         // SAFETY: as in `is_made_here`.
         unsafe { (*self.context.skb.skb).ifindex }
+    }
+
+    /// What XDP says of it, if it has rewritten it, at this interface.
+    ///
+    /// Only read: a program that writes there, or anywhere into a packet by itself, makes the kernel give it a copy of a packet that
+    /// others look at as well (tcpdump), without what XDP has left.
+    #[inline(always)]
+    pub(super) fn mark(&self) -> Option<Mark> {
+        if LINK_HEADER == NO_LINK_HEADER {
+            return None;
+        }
+        let skb = self.context.skb.skb;
+        // SAFETY: the kernel hands over a valid context, and the field is readable at this hook.
+        let start = unsafe { (*skb).data_meta } as usize;
+        // SAFETY: as above.
+        let end = unsafe { (*skb).data } as usize;
+        if start + size_of::<Mark>() > end {
+            return None;
+        }
+        // SAFETY: within what XDP has left before the packet, and aligned as it was there; any bytes make a `Mark`.
+        let mark = unsafe { ptr::read_volatile(start as *const Mark) };
+        mark.is_of(self.interface()).then_some(mark)
+    }
+}
+
+impl<const LINK_HEADER: u32> AtInterface for Skb<'_, LINK_HEADER> {
+    #[inline(always)]
+    fn interface(&self) -> u32 {
+        Self::interface(self)
     }
 }
 

@@ -15,6 +15,8 @@
 )]
 #![allow(dead_code, unreachable_pub, reason = "each test binary includes it whole and uses a part of it")]
 
+pub mod early;
+
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use internet_checksum::Checksum;
