@@ -312,6 +312,7 @@ fn an_empty_variable_is_as_good_as_none() {
             "PROXIER_LOG_LEVEL",
             "PROXIER_UPLINK",
             "PROXIER_ATTACH",
+            "PROXIER_INGRESS",
             "PROXIER_NO_BACKEND",
             "PROXIER_PIN_PATH",
             "PROXIER_OUTPUT",

@@ -24,7 +24,7 @@ use crate::{
     sink::{
         Sink,
         api::{ApiSink, DEFAULT_LISTEN_ADDRESS, ListenAddress, Taken, TlsFiles, WithApi},
-        bpf::{self, AttachMode, BpfSink},
+        bpf::{self, AttachMode, BpfSink, Ingress},
         exec::{ExecSink, arguments::ExecArgs},
         export::Carried,
         json::JsonSink,
@@ -63,6 +63,9 @@ pub(super) struct ToBpfArgs {
     /// How to attach to interfaces
     #[arg(long, env = "PROXIER_ATTACH", value_enum, default_value_t)]
     pub(super) attach: AttachMode,
+    /// Where to rewrite what comes in by uplinks
+    #[arg(long, env = "PROXIER_INGRESS", value_enum, default_value_t)]
+    pub(super) ingress: Ingress,
     /// Leave alone what pods and processes of this node send to external addresses; pods' links then carry programs for
     /// direct delivery only. Set anew, it ends such conversations
     #[arg(long, env = "PROXIER_NO_LOCAL_CLIENTS", value_parser = BoolishValueParser::new())]
@@ -291,6 +294,7 @@ async fn to_bpf(arguments: ToBpfArgs, beginning: Beginning) -> anyhow::Result<()
         uplinks,
         pin: PinArgs { pin_path },
         attach,
+        ingress,
         no_local_clients,
         no_backend,
         delivery,
@@ -307,7 +311,7 @@ async fn to_bpf(arguments: ToBpfArgs, beginning: Beginning) -> anyhow::Result<()
         ..externals.settings(node.clone())
     };
     let kernel = PinnedMaps { pin_path: pin_path.clone() };
-    let options = bpf::Options { uplinks, pin_path, attach, local_clients: !no_local_clients };
+    let options = bpf::Options { uplinks, pin_path, attach, ingress, local_clients: !no_local_clients };
     let observed = Observed::new(&node, kind, Some(Box::new(kernel)));
     let _servers = http::serve(&observed, listen);
     let api = match serve_api {

@@ -16,12 +16,12 @@ use super::{
     metrics::{Metrics, kernel::Kernel, severity_name},
     status::{
         DirectReport, Failing, FailureReport, Interface, InterfaceRole, MAX_PROBLEMS, ProblemReport,
-        ProblemsReport, ResourceReport, SourceReport, StackReport, StatusReport, SyncReport,
+        ProblemsReport, ResourceReport, SourceReport, StackReport, StatusReport, SyncReport, XdpReport,
     },
 };
 use crate::{
     model::{NodeName, Problem, Severity},
-    sink::{Attached, ByStack, DirectDelivery},
+    sink::{Attached, ByStack, DirectDelivery, Xdp},
     source::{Onlooker, TURN},
 };
 
@@ -161,9 +161,14 @@ impl Observed {
     pub fn attached(&self, interfaces: &[Attached]) {
         let mut interfaces: Vec<Interface> = interfaces
             .iter()
-            .map(|Attached { interface, is_uplink }| Interface {
+            .map(|Attached { interface, is_uplink, xdp }| Interface {
                 name: interface.clone(),
                 role: if *is_uplink { InterfaceRole::Uplink } else { InterfaceRole::PodLink },
+                xdp: xdp.as_ref().map(|xdp| match xdp {
+                    Xdp::Native => XdpReport::Native,
+                    Xdp::Generic => XdpReport::Generic,
+                    Xdp::Refused(reason) => XdpReport::Refused(reason.clone()),
+                }),
             })
             .collect();
         let uplinks = interfaces.iter().filter(|interface| interface.role == InterfaceRole::Uplink).count();
@@ -424,10 +429,11 @@ mod tests {
         observed.applied(Duration::ZERO);
         let failing: Vec<_> = observed.report().failing.into_iter().map(|failing| failing.check).collect();
         assert_eq!(failing, ["uplink-attached"]);
-        let attached = |interface: &str, is_uplink| Attached { interface: interface.to_owned(), is_uplink };
+        let attached =
+            |interface: &str, is_uplink| Attached { interface: interface.to_owned(), is_uplink, xdp: None };
         observed.attached(&[attached("veth1", false), attached("eth0", true)]);
         assert!(observed.report().ready);
-        let interface = |name: &str, role| Interface { name: name.to_owned(), role };
+        let interface = |name: &str, role| Interface { name: name.to_owned(), role, xdp: None };
         let expected = [interface("eth0", InterfaceRole::Uplink), interface("veth1", InterfaceRole::PodLink)];
         assert_eq!(observed.report().interfaces, expected);
         assert_eq!(observed.report().direct, DirectReport::default());

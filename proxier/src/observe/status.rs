@@ -127,6 +127,21 @@ pub struct Interface {
     pub name: String,
     /// What it leads to.
     pub role: InterfaceRole,
+    /// What became of XDP there; none where it was not asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub xdp: Option<XdpReport>,
+}
+
+/// What became of XDP at an uplink.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum XdpReport {
+    /// In the driver.
+    Native,
+    /// In the stack.
+    Generic,
+    /// It is not there, for this reason.
+    Refused(String),
 }
 
 /// What an interface leads to.
@@ -332,6 +347,14 @@ fn write_for_people(text: &mut String, report: &StatusReport, wide: bool) -> std
     let (uplinks, pod_links) = (named(InterfaceRole::Uplink), named(InterfaceRole::PodLink));
     let none_or = |names: &[&str]| if names.is_empty() { "none".to_owned() } else { names.join(", ") };
     writeln!(text, "Uplinks:     {}", none_or(&uplinks))?;
+    for Interface { name, xdp, .. } in interfaces {
+        match xdp {
+            None => {}
+            Some(XdpReport::Native) => writeln!(text, "  {name}: XDP, in the driver")?,
+            Some(XdpReport::Generic) => writeln!(text, "  {name}: XDP, generic")?,
+            Some(XdpReport::Refused(reason)) => writeln!(text, "  {name}: tc, without XDP: {reason}")?,
+        }
+    }
     if wide {
         writeln!(text, "Pod links:   {}", none_or(&pod_links))?;
     } else {

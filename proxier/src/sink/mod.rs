@@ -93,6 +93,19 @@ pub struct Attached {
     pub interface: String,
     /// Whether it leads to clients, rather than to a pod.
     pub is_uplink: bool,
+    /// What became of XDP there; `None` where it was not asked for.
+    pub xdp: Option<Xdp>,
+}
+
+/// What became of XDP at an uplink. The program at tc is there in any case.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Xdp {
+    /// In the driver.
+    Native,
+    /// In the stack.
+    Generic,
+    /// It is not there, for this reason.
+    Refused(String),
 }
 
 /// Brings the outside world in line with a [`Snapshot`].

@@ -22,7 +22,7 @@ fn resource(resource: &str, connected: bool, since: i64, error: Option<&str>) ->
 }
 
 fn report() -> StatusReport {
-    let interface = |name: &str, role| Interface { name: name.to_owned(), role };
+    let interface = |name: &str, role| Interface { name: name.to_owned(), role, xdp: None };
     StatusReport {
         version: "0.1.0".to_owned(),
         node: "node1".to_owned(),

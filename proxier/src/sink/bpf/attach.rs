@@ -21,6 +21,7 @@ use aya::{
 use super::{
     AttachMode, preflight, tables,
     uplinks::{Interface, LinkHeader},
+    xdp,
 };
 
 /// What an interface leads to.
@@ -170,7 +171,7 @@ pub(super) fn attach(
     // the first leaves a mark on what it rewrites, and the second lets that go (`Packet::set_rewritten`).
     match method {
         Method::Tcx => detach_clsact(&interface.name).map(drop),
-        Method::Clsact => unpin(pin_path, interface.index).map(drop),
+        Method::Clsact => unpin_tcx(pin_path, interface.index).map(drop),
     }
 }
 
@@ -253,6 +254,13 @@ pub(super) fn detach(pin_path: &Path, interface: &Interface) -> anyhow::Result<V
 
 /// Removes the pins of the links to the interface of this index, which detaches them.
 pub(super) fn unpin(pin_path: &Path, index: u32) -> anyhow::Result<Vec<String>> {
+    // What lets requests in goes first, and of that what is first in line.
+    let mut removed = xdp::detach(pin_path, index)?;
+    removed.extend(unpin_tcx(pin_path, index)?);
+    Ok(removed)
+}
+
+fn unpin_tcx(pin_path: &Path, index: u32) -> anyhow::Result<Vec<String>> {
     let mut removed = Vec::new();
     for place in Place::IN_ORDER.into_iter().rev() {
         let pin = place.pin(pin_path, index);
@@ -294,7 +302,10 @@ pub(super) fn pinned(pin_path: &Path) -> Vec<u32> {
         .filter_map(|entry| {
             let name = entry.file_name();
             let name = name.to_str()?;
-            Place::IN_ORDER.iter().find_map(|place| name.strip_prefix(place.pin_prefix())?.parse().ok())
+            let of_tcx = || {
+                Place::IN_ORDER.iter().find_map(|place| name.strip_prefix(place.pin_prefix())?.parse().ok())
+            };
+            xdp::index_of_pin(name).or_else(of_tcx)
         })
         .collect();
     indices.sort_unstable();

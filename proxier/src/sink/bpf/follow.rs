@@ -33,6 +33,7 @@ impl BpfSink {
         self.reported_missing.clone_from(&view.missing);
         self.attached.retain(|(interface, _)| view.interfaces.contains(interface));
         self.refused.retain(|interface| view.interfaces.contains(interface));
+        self.xdp.retain(|index, _| self.attached.iter().any(|(interface, _)| interface.index == *index));
         let reach = self.reach(view, &BTreeSet::new());
         self.direct_links = self.actual.linked_pods().flat_map(|pod| reach.needs(pod.to_ip())).collect();
         self.attach_wanted(view);
@@ -66,6 +67,7 @@ impl BpfSink {
                     tracing::info!(interface = interface.name, ?role, method = ?self.method, "programs are attached");
                     self.refused.remove(&interface);
                     self.attached.retain(|(attached, _)| attached.index != interface.index);
+                    self.attach_xdp(&interface, role);
                     self.attached.insert((interface, role));
                 }
                 Err(error) => {
@@ -160,10 +162,11 @@ impl BpfSink {
     /// Puts the programs in their places again, in case somebody has taken them off: a filter goes with its qdisc, and
     /// other programs of the node replace that.
     pub(super) fn attach_again(&mut self) {
-        for (interface, role) in &self.attached {
+        for (interface, role) in &self.attached.clone() {
             match attach::attach(&mut self.ebpf, &self.pin_path, interface, *role, self.method) {
                 Ok(()) => {
                     self.refused.remove(interface);
+                    self.attach_xdp(interface, *role);
                 }
                 Err(error) if self.refused.insert(interface.clone()) => {
                     tracing::warn!(
@@ -207,6 +210,7 @@ impl BpfSink {
                 Err(error) => tracing::warn!(interface = name, "programs stay attached: {error:#}"),
             }
             self.attached.retain(|(interface, _)| interface.index != index);
+            self.xdp.remove(&index);
         }
     }
 }

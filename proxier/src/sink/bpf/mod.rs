@@ -4,7 +4,7 @@
 //! Nothing is detached or removed when the agent ends: packets go on, and the next agent adopts what it finds.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File, TryLockError},
     io,
     path::{Path, PathBuf},
@@ -28,7 +28,7 @@ use self::{
     uplinks::{Interface, View},
     versions::Version,
 };
-use super::{Attached, Condition, Failure, Incomplete, Sink, Snapshot};
+use super::{Attached, Condition, Failure, Incomplete, Sink, Snapshot, Xdp};
 use crate::{
     delta::{Actual, Plan, Step},
     desired::{Desired, Scope},
@@ -50,6 +50,9 @@ mod sweeper;
 mod tables;
 mod uplinks;
 mod versions;
+mod xdp;
+
+pub use xdp::Ingress;
 
 /// Where the maps and links are pinned unless told otherwise.
 pub const DEFAULT_PIN_PATH: &str = "/sys/fs/bpf/proxier";
@@ -87,6 +90,8 @@ pub struct Options {
     pub pin_path: PathBuf,
     /// How to attach.
     pub attach: AttachMode,
+    /// Where packets from outside are rewritten.
+    pub ingress: Ingress,
     /// Whether pods and processes of this node are clients too: all pods' links are then attached to, not only those by which
     /// packets are delivered directly, and the programs look at what the node itself sends (`NODE_CLIENTS`).
     pub local_clients: bool,
@@ -112,6 +117,12 @@ pub struct BpfSink {
     tidied_at: Option<Instant>,
     view: watch::Receiver<View>,
     attached: BTreeSet<(Interface, Role)>,
+    /// How to attach at XDP too.
+    xdp_mode: Option<xdp::Mode>,
+    /// Why there can be no program at XDP anywhere.
+    without_xdp: Option<String>,
+    /// What became of XDP at the uplinks, by index.
+    xdp: BTreeMap<u32, Xdp>,
     /// When the programs were last put in their places.
     attached_at: Instant,
     local_clients: bool,
@@ -145,14 +156,17 @@ impl BpfSink {
     ///
     /// What is missing and what to do about it.
     pub fn open(options: Options) -> anyhow::Result<Self> {
-        let Options { uplinks, pin_path, attach, local_clients } = options;
+        let Options { uplinks, pin_path, attach, ingress, local_clients } = options;
         preflight::check(&pin_path)?;
         let method = Method::resolve(attach)?;
         let links = attach::directory(&pin_path);
         fs::create_dir_all(&links).with_context(|| format!("{} cannot be made", links.display()))?;
         let lock = lock(&pin_path)?;
         tables::check_pinned(&pin_path)?;
-        let ebpf = load(&pin_path, local_clients)?;
+        let mut ebpf = load(&pin_path, local_clients)?;
+        let xdp_mode = xdp::Mode::of(ingress);
+        let without_xdp =
+            xdp_mode.and_then(|mode| xdp::load(&mut ebpf, mode).err()).map(|error| format!("{error:#}"));
         let mut tables = Tables::open(&pin_path)?;
         let actual = tables.read()?;
         // A former agent may have been killed between a change and the sweep that belongs to it.
@@ -186,6 +200,9 @@ impl BpfSink {
             tidied_at: None,
             view,
             attached: BTreeSet::new(),
+            xdp_mode,
+            without_xdp,
+            xdp: BTreeMap::new(),
             attached_at: Instant::now(),
             local_clients,
             reach: Arc::default(),
@@ -361,6 +378,7 @@ impl Sink for BpfSink {
         let interfaces = self.attached.iter().map(|(interface, role)| Attached {
             interface: interface.name.clone(),
             is_uplink: *role == Role::Uplink,
+            xdp: self.xdp.get(&interface.index).cloned(),
         });
         let direct = self.tale.report();
         Some(Condition { interfaces: interfaces.collect(), pinned: !self.pins_lost, direct })
@@ -438,11 +456,13 @@ fn load(pin_path: &Path, local_clients: bool) -> anyhow::Result<Ebpf> {
     let pins: Vec<_> = tables::pins(pin_path).collect();
     let node_clients = u8::from(local_clients);
     let direct_delivery = u8::from(preflight::has_direct_delivery());
+    let namespace = xdp::network_namespace()?;
     let mut loader = EbpfLoader::new();
     loader.verifier_log_level(VerifierLogLevel::STATS);
     // Else they would speak to the pod, and be answered by an address that they do not know.
     loader.override_global("NODE_CLIENTS", &node_clients, true);
     loader.override_global("DIRECT_DELIVERY", &direct_delivery, true);
+    loader.override_global("NETWORK_NAMESPACE", &namespace, true);
     for (map, path) in &pins {
         loader.map_pin_path(map, path.as_path());
     }
@@ -450,8 +470,11 @@ fn load(pin_path: &Path, local_clients: bool) -> anyhow::Result<Ebpf> {
         "the kernel does not take proxier's maps: does it have BPF (CONFIG_BPF_SYSCALL) and enough locked memory?",
     )?;
     for (name, program) in ebpf.programs_mut() {
-        let Program::SchedClassifier(program) = program else {
-            bail!("program {name} of the kernel object is of an unexpected type");
+        let program = match program {
+            Program::SchedClassifier(program) => program,
+            // Where it is asked for only: by `xdp::load`.
+            Program::Xdp(_) => continue,
+            _ => bail!("program {name} of the kernel object is of an unexpected type"),
         };
         program.load().with_context(|| {
             format!(

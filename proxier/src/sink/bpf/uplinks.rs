@@ -15,7 +15,7 @@ use rtnetlink::{
     Handle, MulticastGroup, RouteMessageBuilder, new_connection, new_multicast_connection,
     packet_route::{
         AddressFamily,
-        link::{InfoKind, InfoPortKind, LinkAttribute, LinkInfo, LinkLayerType},
+        link::{InfoKind, InfoPortKind, LinkAttribute, LinkInfo, LinkLayerType, LinkXdp},
         route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType},
     },
 };
@@ -180,6 +180,27 @@ fn bridge_of(attributes: &[LinkAttribute]) -> Option<u32> {
         LinkAttribute::Controller(index) => Some(*index),
         _ => None,
     })
+}
+
+/// Which program is at XDP of the interface of this index, by the kernel's number; `None` if none is.
+///
+/// # Errors
+///
+/// Netlink would not answer.
+pub(super) async fn xdp_program(index: u32) -> anyhow::Result<Option<u32>> {
+    let (connection, handle, _) = new_connection().context("interfaces cannot be listed (netlink)")?;
+    tokio::spawn(connection);
+    let mut links = Box::pin(handle.link().get().match_index(index).execute());
+    let Some(link) = links.try_next().await.context("an interface cannot be looked at (netlink)")? else {
+        return Ok(None);
+    };
+    Ok(link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Xdp(facts) => facts.iter().find_map(|fact| match fact {
+            LinkXdp::ProgId(id) => Some(*id),
+            _ => None,
+        }),
+        _ => None,
+    }))
 }
 
 /// The interfaces that carry a default route, and the routes that packets to pods may take.
