@@ -32,8 +32,22 @@ impl Neighbour {
     pub fn attach(namespace: &Namespace, interface: &str, verdict: Verdict) -> anyhow::Result<Self> {
         let link = namespace.enter(|| -> anyhow::Result<OwnedFd> {
             let index = nix::net::if_::if_nametoindex(interface)?;
-            let program = load(verdict)?;
-            Ok(link(&program, index)?)
+            let program = load(BPF_PROG_TYPE_SCHED_CLS, verdict as u8)?;
+            Ok(link(&program, index, BPF_TCX_INGRESS)?)
+        })?;
+        Ok(Self { _link: link })
+    }
+
+    /// Attaches one at XDP that lets everything go, where there is no other.
+    ///
+    /// # Errors
+    ///
+    /// No privilege, or there is one.
+    pub fn attach_at_xdp(namespace: &Namespace, interface: &str) -> anyhow::Result<Self> {
+        let link = namespace.enter(|| -> anyhow::Result<OwnedFd> {
+            let index = nix::net::if_::if_nametoindex(interface)?;
+            let program = load(BPF_PROG_TYPE_XDP, XDP_PASS)?;
+            Ok(link(&program, index, BPF_XDP)?)
         })?;
         Ok(Self { _link: link })
     }
@@ -95,15 +109,18 @@ const BPF_PROG_LOAD: c_long = 5;
 const BPF_PROG_QUERY: c_long = 16;
 const BPF_LINK_CREATE: c_long = 28;
 const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
+const BPF_PROG_TYPE_XDP: u32 = 6;
+const BPF_XDP: u32 = 37;
+const XDP_PASS: u8 = 2;
 const BPF_TCX_INGRESS: u32 = 46;
 const BPF_TCX_EGRESS: u32 = 47;
 
-fn load(verdict: Verdict) -> io::Result<OwnedFd> {
+fn load(program_type: u32, verdict: u8) -> io::Result<OwnedFd> {
     // r0 = verdict; exit. An instruction is 8 bytes: operation, registers, offset, immediate.
     let mut instructions = [0xb7, 0, 0, 0, 0, 0, 0, 0, 0x95, 0, 0, 0, 0, 0, 0, 0_u8];
-    instructions[4] = verdict as u8;
+    instructions[4] = verdict;
     let mut attributes = LoadAttributes {
-        program_type: BPF_PROG_TYPE_SCHED_CLS,
+        program_type,
         instruction_count: 2,
         instructions: instructions.as_ptr() as u64,
         license: c"MIT".as_ptr() as u64,
@@ -111,9 +128,9 @@ fn load(verdict: Verdict) -> io::Result<OwnedFd> {
     bpf(BPF_PROG_LOAD, &mut attributes).map(own)
 }
 
-fn link(program: &OwnedFd, interface: u32) -> io::Result<OwnedFd> {
+fn link(program: &OwnedFd, interface: u32, attach_type: u32) -> io::Result<OwnedFd> {
     let program = program.as_raw_fd().cast_unsigned();
-    let mut attributes = LinkAttributes { program, interface, attach_type: BPF_TCX_INGRESS, flags: 0 };
+    let mut attributes = LinkAttributes { program, interface, attach_type, flags: 0 };
     bpf(BPF_LINK_CREATE, &mut attributes).map(own)
 }
 

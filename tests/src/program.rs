@@ -10,7 +10,7 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader, Pod,
     maps::{HashMap, MapData, MapInfo, PerCpuArray},
-    programs::SchedClassifier,
+    programs::{SchedClassifier, Xdp},
 };
 use proxier_common::{
     BackendKey, BackendValue, DropReason, ExternalKey, FlowKey, FlowValue, FragmentKey, FragmentValue, Hook,
@@ -28,6 +28,14 @@ pub const TCX_NEXT: i32 = -1;
 pub const TC_ACT_SHOT: i32 = 2;
 /// What it returns for one that it has sent elsewhere.
 pub const TC_ACT_REDIRECT: i32 = 7;
+
+/// What a program at XDP returns for a packet to be dropped (linux/bpf.h).
+pub const XDP_DROP: i32 = 1;
+/// What it returns for one that goes on.
+pub const XDP_PASS: i32 = 2;
+
+/// The program at XDP.
+const XDP: &str = "proxier_xdp";
 
 /// The start of `union bpf_attr` for BPF_PROG_TEST_RUN (linux/bpf.h).
 #[repr(C)]
@@ -91,6 +99,9 @@ impl Kernel {
             let program: &mut SchedClassifier = program.try_into().expect("it is one of TC");
             program.load().expect("the verifier accepts the program");
         }
+        let xdp = ebpf.program_mut(XDP).expect("the object has the program");
+        let xdp: &mut Xdp = xdp.try_into().expect("it is one of XDP");
+        xdp.load().expect("the verifier accepts the program");
         Self {
             services: table(&mut ebpf, "services"),
             backends: table(&mut ebpf, "backends"),
@@ -165,6 +176,25 @@ impl Kernel {
         maps.find(|map| map.name_as_str() == Some(name)).unwrap_or_else(|| panic!("no program uses {name}"))
     }
 
+    /// Runs the program at XDP on `packet`. What it returns, how many bytes it leaves before the packet, and what it makes of that.
+    ///
+    /// # Errors
+    ///
+    /// The kernel would not.
+    ///
+    /// # Panics
+    ///
+    /// When there is no such program.
+    pub fn run_xdp(&self, packet: &HostPacket) -> io::Result<(i32, usize, HostPacket)> {
+        let program = self.ebpf.program(XDP).expect("the object has the program");
+        let program: &Xdp = program.try_into().expect("it is one of XDP");
+        let program = program.fd().expect("it is loaded").as_fd();
+        let mut outcome = run_in(program, &packet.bytes, 1, 0, &[])?;
+        let before = outcome.packet.len() - packet.bytes.len();
+        outcome.packet.drain(..before);
+        Ok((outcome.code, before, HostPacket::new(outcome.packet)))
+    }
+
     /// Packets dropped.
     #[must_use]
     pub fn drops(&self, hook: Hook, reason: DropReason) -> u64 {
@@ -199,11 +229,22 @@ pub struct Outcome {
 ///
 /// When the packet is none.
 pub fn test_run(program: BorrowedFd<'_>, packet: &[u8], repeat: u32, flags: u32) -> io::Result<Outcome> {
-    const BPF_PROG_TEST_RUN: libc::c_int = 10;
-    let mut out = vec![0; packet.len() + 64];
     // `struct __sk_buff` up to `ingress_ifindex`, here the loopback interface: a packet that the node forwards.
     let mut context = [0_u32; 10];
     context[9] = 1;
+    run_in(program, packet, repeat, flags, &context)
+}
+
+/// As [`test_run`], of a program of any type; without a context, if that is empty.
+fn run_in(
+    program: BorrowedFd<'_>,
+    packet: &[u8],
+    repeat: u32,
+    flags: u32,
+    context: &[u32],
+) -> io::Result<Outcome> {
+    const BPF_PROG_TEST_RUN: libc::c_int = 10;
+    let mut out = vec![0; packet.len() + 64];
     let size = |bytes: usize| u32::try_from(bytes).expect("a packet's size");
     let mut attr = TestRun {
         prog_fd: program.as_raw_fd().cast_unsigned(),
@@ -213,8 +254,8 @@ pub fn test_run(program: BorrowedFd<'_>, packet: &[u8], repeat: u32, flags: u32)
         data_size_out: size(out.len()),
         repeat,
         flags,
-        ctx_in: context.as_ptr() as u64,
-        ctx_size_in: size(size_of_val(&context)),
+        ctx_in: if context.is_empty() { 0 } else { context.as_ptr() as u64 },
+        ctx_size_in: size(size_of_val(context)),
         ..TestRun::default()
     };
     // SAFETY: the attributes are laid out as the kernel expects, and its pointers cover live buffers of the sizes

@@ -1,0 +1,219 @@
+//! The compiled program at XDP, in the kernel, on the very packets that the host tests use: BPF_PROG_TEST_RUN. It decides and
+//! rewrites as the core does on a host, and what it leaves to tc it leaves as it was.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test file, all of it; the lint knows tests only by their attribute"
+)]
+
+// One set of packet builders for all tests of the core. They are the core's own tests' and live with them.
+#[path = "../../proxier-ebpf/tests/common/mod.rs"]
+mod common;
+
+use std::sync::Mutex;
+
+use common::{
+    early::{Early, left_to_hardware},
+    *,
+};
+use proptest::prelude::*;
+use proxier_common::{DropReason, Hook, Statistic};
+use proxier_ebpf::{
+    Origin, Verdict,
+    host::{HostPacket, HostTables},
+};
+use proxier_tests::program::{Kernel, XDP_DROP, XDP_PASS};
+
+/// How many bytes XDP leaves before a packet that it has rewritten.
+const MARK: usize = 16;
+
+/// Loading takes a second and the maps are shared, so the tests take turns.
+static KERNEL: Mutex<Option<Kernel>> = Mutex::new(None);
+
+fn with_kernel<R>(test: impl FnOnce(&mut Kernel) -> R) -> R {
+    let mut kernel = KERNEL.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    test(kernel.get_or_insert_with(Kernel::load))
+}
+
+/// Runs `packet` on the host, as it is seen at XDP, and in the kernel, and holds the results together.
+fn both(kernel: &Kernel, tables: &HostTables, packet: &HostPacket) -> Verdict {
+    let mut expected = Early::new(packet.clone());
+    let verdict = proxier_ebpf::request(&mut expected, tables, Origin::Outside);
+    let (code, before, found) = kernel.run_xdp(packet).expect("the program runs");
+    assert_eq!(code, if matches!(verdict, Verdict::Drop(_)) { XDP_DROP } else { XDP_PASS }, "{verdict:?}");
+    if !matches!(verdict, Verdict::Drop(_)) {
+        assert_eq!(found, expected.packet, "{verdict:?}");
+        assert_eq!(before, if expected.is_claimed { MARK } else { 0 }, "{verdict:?}");
+    }
+    verdict
+}
+
+#[test]
+fn the_kernel_rewrites_at_xdp_as_the_host_does() {
+    with_kernel(|kernel| {
+        for net in BOTH {
+            for protocol in [TCP, UDP, UDPLITE, SCTP, DCCP, GRE, ESP] {
+                let tables = tables(&[net.external], &[net.pod]);
+                kernel.set(&tables);
+                let packet = plain(net.client, net.external, protocol, (40_000, 6_001));
+                assert_eq!(both(kernel, &tables, &packet), Verdict::Rewritten);
+                assert_eq!(kernel.run_xdp(&packet).unwrap().1, MARK);
+            }
+            let tables = tables(&[net.external], &[net.pod]);
+            kernel.set(&tables);
+            let query = if net.icmp == ICMP { 8 } else { 128 };
+            let packet = plain(net.client, net.external, net.icmp, (query, 9));
+            assert_eq!(both(kernel, &tables, &packet), Verdict::Rewritten);
+        }
+    });
+}
+
+/// Larger than what lies in one piece: the header is in the first, the checksum of the packet covers all.
+#[test]
+fn a_packet_in_several_pieces_is_rewritten_at_xdp() {
+    with_kernel(|kernel| {
+        for net in BOTH {
+            for length in [3_000, 8_900, 30_000] {
+                let tables = tables(&[net.external], &[net.pod]);
+                kernel.set(&tables);
+                let payload = vec![0xab; length];
+                let there =
+                    packet(&Network::default(), net.client, net.external, UDP, (40_000, 6_001), &payload);
+                assert_eq!(both(kernel, &tables, &there), Verdict::Rewritten);
+            }
+        }
+    });
+}
+
+#[test]
+fn a_checksum_that_may_be_left_to_the_hardware_is_left_to_tc() {
+    with_kernel(|kernel| {
+        for net in BOTH {
+            for protocol in [TCP, UDP] {
+                let tables = tables(&[net.external], &[net.pod]);
+                kernel.set(&tables);
+                let packet = left_to_hardware(&net, protocol);
+                assert_eq!(both(kernel, &tables, &packet), Verdict::Next);
+                assert_eq!(kernel.flows.keys().count(), 0);
+                assert_eq!(kernel.run_xdp(&packet).unwrap().1, 0);
+            }
+        }
+    });
+}
+
+#[test]
+fn drops_at_xdp_have_a_hook_of_their_own() {
+    with_kernel(|kernel| {
+        let tables = tables(&[V4.external], &[]);
+        kernel.set(&tables);
+        let drops = |kernel: &Kernel, hook: Hook| kernel.drops(hook, DropReason::NoBackend);
+        let before = (drops(kernel, Hook::UplinkXdp), drops(kernel, Hook::UplinkIngress));
+        for _ in 0..3 {
+            let packet = plain(V4.client, V4.external, UDP, (1, 2));
+            assert_eq!(both(kernel, &tables, &packet), Verdict::Drop(DropReason::NoBackend));
+        }
+        assert_eq!(drops(kernel, Hook::UplinkXdp), before.0 + 3);
+        assert_eq!(drops(kernel, Hook::UplinkIngress), before.1);
+    });
+}
+
+/// That is for tc to note, which knows whether XDP has rewritten the packet.
+#[test]
+fn what_is_for_a_pods_own_address_ends_no_flow_at_xdp() {
+    with_kernel(|kernel| {
+        for net in BOTH {
+            let tables = tables(&[net.external], &[net.pod]);
+            know_pod(&tables, net.pod);
+            kernel.set(&tables);
+            both(kernel, &tables, &plain(net.client, net.external, UDP, (40_000, 53)));
+            let before = kernel.statistic(Statistic::FlowForgotten);
+            assert_eq!(both(kernel, &tables, &plain(net.client, net.pod, UDP, (40_000, 53))), Verdict::Next);
+            assert_eq!(kernel.flows.keys().count(), 1);
+            assert_eq!(kernel.statistic(Statistic::FlowForgotten), before);
+        }
+    });
+}
+
+#[test]
+fn icmp_errors_are_translated_at_xdp_as_on_the_host() {
+    with_kernel(|kernel| {
+        for net in BOTH {
+            for protocol in [TCP, UDP, SCTP, GRE] {
+                for length in [48, 60, usize::MAX] {
+                    let tables = tables(&[net.external], &[net.pod]);
+                    kernel.set(&tables);
+                    both(kernel, &tables, &plain(net.client, net.external, protocol, (40_000, 443)));
+                    let about_reply = plain(net.external, net.client, protocol, (443, 40_000));
+                    for kind in errors(&net) {
+                        let error = error(&net, router(&net), net.external, kind, &about_reply, length);
+                        assert_eq!(both(kernel, &tables, &error), Verdict::Rewritten, "protocol {protocol}");
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// Headers that the host tests vary, too: options, extension headers, a VLAN tag, fragments, padding.
+fn any_packet() -> impl Strategy<Value = (Net, HostPacket)> {
+    let headers = (
+        0..10_usize,
+        prop::collection::vec(prop::sample::select(vec![0_u8, 43, 51, 60]), 0..10),
+        any::<bool>(),
+        prop::option::of((0..3_u16, any::<bool>(), any::<u32>())),
+        0..20_usize,
+    );
+    let protocol = prop::sample::select(vec![TCP, UDP, UDPLITE, SCTP, DCCP, GRE, ESP, ICMP, ICMPV6, 59, 89]);
+    (prop::sample::select(BOTH.to_vec()), headers, protocol, any::<(u8, u16)>(), 0..200_usize).prop_map(
+        |(net, (options, extensions, vlan, fragment, padding), protocol, (kind, port), length)| {
+            let network = Network {
+                vlans: if vlan { vec![5] } else { Vec::new() },
+                options: vec![1; options * 4],
+                extensions: extensions
+                    .into_iter()
+                    .map(|number| {
+                        (number, if number == 51 { [vec![4], vec![0; 22]].concat() } else { vec![0; 7] })
+                    })
+                    .collect(),
+                fragment,
+                padding,
+            };
+            let first = if matches!(protocol, ICMP | ICMPV6) { kind.into() } else { 40_000 };
+            let ports = (first, port);
+            (net, packet(&network, net.client, net.external, protocol, ports, &vec![0xab; length]))
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2_000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_packet_fares_at_xdp_as_on_the_host((net, there) in any_packet()) {
+        with_kernel(|kernel| {
+            let tables = tables(&[net.external], &[net.pod]);
+            kernel.set(&tables);
+            both(kernel, &tables, &there);
+        });
+    }
+
+    #[test]
+    fn a_packet_cut_short_or_damaged_fares_at_xdp_as_on_the_host(
+        (net, there) in any_packet(),
+        length in any::<prop::sample::Index>(),
+        damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
+    ) {
+        let mut packet = there;
+        for (at, value) in damage {
+            let at = 14 + at.index(packet.bytes.len() - 14);
+            packet.bytes[at] = value;
+        }
+        // BPF_PROG_TEST_RUN takes nothing shorter than an Ethernet header.
+        packet.bytes.truncate(14 + length.index(packet.bytes.len() - 14 + 1));
+        with_kernel(|kernel| {
+            let tables = tables(&[net.external], &[net.pod]);
+            kernel.set(&tables);
+            both(kernel, &tables, &packet);
+        });
+    }
+}
