@@ -146,6 +146,22 @@ pub const MAX_POD_LINKS: u32 = 4096;
 /// The entry of `pod_links` for all ports of bridges: which of them leads to a pod is not known.
 pub const LINK_OF_PORTS: u32 = 0;
 
+/// Most devices at XDP (entries of `xdp_devices`): uplinks, and the members of those that are bonds.
+pub const MAX_XDP_DEVICES: u32 = 1024;
+
+/// Value of `xdp_devices`, by the index of the interface whose driver has a frame. At XDP nothing else tells whether it is for
+/// this host. The map is not pinned: each agent's program has its own.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct XdpDevice {
+    /// The interface at which tc sees its frames: itself, or the bond that it is a member of.
+    pub upper: u32,
+    /// Its MAC address.
+    pub mac: [u8; 6],
+    /// Always 0.
+    pub padding: u16,
+}
+
 /// What is looked up in `sources`, behind the number of its leading bits that count: an address that may send to a
 /// Service. All of the first two fields count, and of the address what the range says.
 #[repr(C)]
@@ -442,6 +458,7 @@ mod pod {
         FlowValue,
         FragmentKey,
         FragmentValue,
+        XdpDevice,
         DropEvent,
         EventBudget,
     );

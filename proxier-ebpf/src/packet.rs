@@ -16,7 +16,7 @@ macro_rules! plain {
         unsafe impl Plain for $name {}
     )+};
 }
-plain!(u8, u16, [u16; 2], [u16; 4], [u8; 2], [u8; 4], [u8; 8]);
+plain!(u8, u16, [u16; 2], [u16; 4], [u8; 2], [u8; 4], [u8; 6], [u8; 8]);
 
 // SAFETY: 16 bytes, without holes.
 unsafe impl Plain for Address {}
@@ -76,6 +76,12 @@ pub trait Packet {
     /// Whether a hook that knows more of the packet sees it after this one (XDP, before tc): what is let go unchanged here is
     /// done there.
     const COMES_AGAIN: bool = false;
+
+    /// Where it comes again: whether the frame is for this host, by its destination's MAC address. What a bridge, a macvlan or a
+    /// capture in promiscuous mode takes in beside is not, nor is what is for many.
+    fn is_for_host(&mut self) -> bool {
+        true
+    }
 
     /// Makes room for [`Packet::set_rewritten`]. `false` if there is none: nobody could tell afterwards that the packet was
     /// rewritten, so it must not be.

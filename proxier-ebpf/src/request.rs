@@ -118,8 +118,9 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
 ) -> Option<Verdict> {
     let mut request = Request::within(packet.length(), origin.delivery(), origin.may_be_direct(packet));
     match read::<F, P, T>(packet, tables, offset, &mut request) {
-        Read::External => {}
         Read::NotOurs => return Some(request.left_alone(origin)),
+        _ if P::COMES_AGAIN && !packet.is_for_host() => return Some(Verdict::Next),
+        Read::External => {}
         Read::Pod => {
             if !packet.is_rewritten() {
                 forget_flow(tables, &request, 0);

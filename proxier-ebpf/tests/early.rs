@@ -78,6 +78,25 @@ fn without_room_for_a_mark_all_but_drops_is_left_to_tc() {
     }
 }
 
+/// Neither delivered nor dropped: that is up to whoever it is for.
+#[test]
+fn a_frame_for_another_host_is_left_as_it_is() {
+    for net in BOTH {
+        for pods in [&[net.pod][..], &[]] {
+            let tables = tables(&[net.external], pods);
+            let about_reply = plain(net.external, net.client, UDP, (53, 40_000));
+            let error = error(&net, router(&net), net.external, errors(&net)[0], &about_reply, usize::MAX);
+            let spoofed = plain(net.external, net.external, UDP, (40_000, 53));
+            for packet in [plain(net.client, net.external, UDP, (40_000, 53)), error, spoofed] {
+                let mut seen = Early { is_for_host: false, ..Early::new(packet.clone()) };
+                assert_eq!(proxier_ebpf::request(&mut seen, &tables, Origin::Outside), Verdict::Next);
+                assert_eq!((seen.packet, seen.is_claimed), (packet, false));
+            }
+            assert!(tables.flows.borrow().is_empty() && tables.sessions.borrow().is_empty());
+        }
+    }
+}
+
 #[test]
 fn drops_are_decided_early() {
     for net in BOTH {

@@ -14,7 +14,7 @@ use aya::{
 };
 use proxier_common::{
     BackendKey, BackendValue, DropReason, ExternalKey, FlowKey, FlowValue, FragmentKey, FragmentValue, Hook,
-    MemberKey, MemberValue, PodKey, PodValue, ServiceValue, SessionKey, SessionValue, Statistic,
+    MemberKey, MemberValue, PodKey, PodValue, ServiceValue, SessionKey, SessionValue, Statistic, XdpDevice,
 };
 use proxier_ebpf::host::{HostPacket, HostTables};
 
@@ -36,6 +36,10 @@ pub const XDP_PASS: i32 = 2;
 
 /// The program at XDP.
 const XDP: &str = "proxier_xdp";
+/// The interface that packets come in by there, in a run without a context: the namespace's `lo`, which has the first index.
+const LOOPBACK: u32 = 1;
+/// Whom the frames of tests are for.
+const MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
 
 /// The start of `union bpf_attr` for BPF_PROG_TEST_RUN (linux/bpf.h).
 #[repr(C)]
@@ -99,6 +103,9 @@ impl Kernel {
             let program: &mut SchedClassifier = program.try_into().expect("it is one of TC");
             program.load().expect("the verifier accepts the program");
         }
+        let mut devices: HashMap<MapData, u32, XdpDevice> = table(&mut ebpf, "xdp_devices");
+        let device = XdpDevice { upper: LOOPBACK, mac: MAC, padding: 0 };
+        devices.insert(LOOPBACK, device, 0).expect("the table has room");
         let xdp = ebpf.program_mut(XDP).expect("the object has the program");
         let xdp: &mut Xdp = xdp.try_into().expect("it is one of XDP");
         xdp.load().expect("the verifier accepts the program");

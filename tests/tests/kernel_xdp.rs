@@ -68,6 +68,25 @@ fn the_kernel_rewrites_at_xdp_as_the_host_does() {
     });
 }
 
+/// Neither delivered nor dropped: whoever it is for sees it as it came.
+#[test]
+fn a_frame_for_another_host_is_left_as_it_is() {
+    with_kernel(|kernel| {
+        for net in BOTH {
+            for pods in [&[net.pod][..], &[]] {
+                let tables = tables(&[net.external], pods);
+                kernel.set(&tables);
+                for changed in 0..6 {
+                    let mut packet = plain(net.client, net.external, UDP, (40_000, 53));
+                    packet.bytes[changed] ^= 1;
+                    assert_eq!(kernel.run_xdp(&packet).unwrap(), (XDP_PASS, 0, packet));
+                }
+                assert_eq!(kernel.flows.keys().count(), 0);
+            }
+        }
+    });
+}
+
 /// Larger than what lies in one piece: the header is in the first, the checksum of the packet covers all.
 #[test]
 fn a_packet_in_several_pieces_is_rewritten_at_xdp() {

@@ -14,8 +14,9 @@ use aya_ebpf::{
 use proxier_common::{
     BackendKey, BackendValue, DROP_COUNTERS, DropEvent, EVENT_BYTES, EventBudget, ExternalKey, FlowKey,
     FlowValue, FragmentKey, FragmentValue, MAX_BACKENDS, MAX_FLOWS, MAX_FRAGMENTS, MAX_POD_LINKS,
-    MAX_SERVICES, MAX_SESSIONS, MAX_SOURCES, MemberKey, MemberValue, NameKey, NameValue, PodKey, PodValue,
-    STATISTICS, ServiceValue, SessionKey, SessionValue, SourceKey, SourceValue, Statistic,
+    MAX_SERVICES, MAX_SESSIONS, MAX_SOURCES, MAX_XDP_DEVICES, MemberKey, MemberValue, NameKey, NameValue,
+    PodKey, PodValue, STATISTICS, ServiceValue, SessionKey, SessionValue, SourceKey, SourceValue, Statistic,
+    XdpDevice,
 };
 use proxier_ebpf::tables::{FlowEntry, InsertError, SessionEntry, Tables};
 
@@ -36,6 +37,10 @@ static PODS: HashMap<PodKey, PodValue, { MAX_SERVICES as usize }, NO_PREALLOC> =
 
 #[btf_map(name = "pod_links")]
 static POD_LINKS: Array<u64, { MAX_POD_LINKS as usize }> = Array::new();
+
+/// Not pinned, and written by the agent before the program at XDP is attached.
+#[btf_map(name = "xdp_devices")]
+static XDP_DEVICES: HashMap<u32, XdpDevice, { MAX_XDP_DEVICES as usize }> = HashMap::new();
 
 #[btf_map(name = "sources")]
 static SOURCES: LpmTrie<SourceKey, SourceValue, { MAX_SOURCES as usize }, NO_PREALLOC> = LpmTrie::new();
@@ -90,6 +95,13 @@ pub(super) fn may_be_direct(interface: u32) -> bool {
     POD_LINKS
         .get_ptr(interface % MAX_POD_LINKS)
         .is_some_and(|known| unsafe { ptr::read_volatile(known) } != 0)
+}
+
+/// What is known of a device at XDP, by its interface's index.
+#[inline(always)]
+pub(super) fn xdp_device(index: u32) -> Option<XdpDevice> {
+    // SAFETY: copied at once; any bytes make one, and a wrong address only leaves the frame to tc.
+    unsafe { XDP_DEVICES.get(index) }.copied()
 }
 
 /// Counts a packet dropped.

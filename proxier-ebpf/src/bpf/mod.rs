@@ -175,7 +175,11 @@ fn from_outside<const LINK_HEADER: u32>(context: &TcContext) -> i32 {
         None => proxier_ebpf::request(&mut packet, &KernelTables, Origin::Outside),
         Some(mark) => {
             packet.set_rewritten();
-            mark.verdict()
+            match mark.verdict() {
+                // With a tag beside the data, which XDP does not see.
+                Verdict::Forward | Verdict::ForwardIntoPod if !packet.can_pass_stack() => Verdict::Rewritten,
+                verdict => verdict,
+            }
         }
     };
     match verdict {

@@ -9,7 +9,7 @@ use aya_ebpf::{
     helpers::{bpf_xdp_adjust_meta, bpf_xdp_get_buff_len, bpf_xdp_load_bytes, bpf_xdp_store_bytes},
     programs::XdpContext,
 };
-use proxier_common::{Address, DropReason};
+use proxier_common::{Address, DropReason, XdpDevice};
 use proxier_ebpf::{
     Verdict, checksum,
     family::V4Addresses,
@@ -19,6 +19,7 @@ use proxier_ebpf::{
 
 use super::{
     events::AtInterface,
+    maps,
     skb::{ETHERNET_HEADER, ETHERTYPE_IPV4, ETHERTYPE_IPV6},
 };
 
@@ -86,6 +87,8 @@ impl Mark {
 /// An Ethernet frame.
 pub(super) struct Frame<'a> {
     context: &'a XdpContext,
+    /// The interface at which tc will see it, as soon as that is known: see [`Packet::is_for_host`]. 0 before.
+    interface: u32,
 }
 
 /// Offsets up to here are looked for where the packet lies in one piece. The verifier wants a bound.
@@ -94,7 +97,7 @@ const MAX_OFFSET: u32 = 0x3fff;
 impl<'a> Frame<'a> {
     #[inline(always)]
     pub(super) const fn new(context: &'a XdpContext) -> Self {
-        Self { context }
+        Self { context, interface: 0 }
     }
 
     /// Where `length` bytes at `offset` are, if they are in the piece that can be accessed directly.
@@ -157,8 +160,7 @@ unsafe fn copy<T>(from: *const u8, to: *mut u8) {
 impl AtInterface for Frame<'_> {
     #[inline(always)]
     fn interface(&self) -> u32 {
-        // SAFETY: the kernel hands over a valid context.
-        unsafe { (*self.context.ctx).ingress_ifindex }
+        self.interface
     }
 }
 
@@ -166,10 +168,23 @@ impl Packet for Frame<'_> {
     const COMES_AGAIN: bool = true;
     type Path = ();
 
-    /// By tc, which the mark tells.
+    /// By tc, which the mark tells: a frame that is rewritten here is for this host, and has no tag that shows.
     #[inline(always)]
     fn can_pass_stack(&self) -> bool {
         true
+    }
+
+    #[inline(always)]
+    fn is_for_host(&mut self) -> bool {
+        // SAFETY: the kernel hands over a valid context.
+        let device = unsafe { (*self.context.ctx).ingress_ifindex };
+        let (Some(XdpDevice { upper, mac, .. }), Some(destination)) =
+            (maps::xdp_device(device), self.load::<[u8; 6]>(0))
+        else {
+            return false;
+        };
+        self.interface = upper;
+        verifier::forget_whether(destination == mac)
     }
 
     #[inline(always)]

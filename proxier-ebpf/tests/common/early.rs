@@ -13,6 +13,8 @@ use super::{Net, Network, checksum_offset, frame, segment};
 #[derive(Clone, Debug)]
 pub struct Early {
     pub packet: HostPacket,
+    /// Whether it is for this host.
+    pub is_for_host: bool,
     /// Whether there is room for a mark.
     pub has_room: bool,
     /// Whether room was made for one.
@@ -23,7 +25,7 @@ pub struct Early {
 
 impl Early {
     pub const fn new(packet: HostPacket) -> Self {
-        Self { packet, has_room: true, is_claimed: false, is_marked: false }
+        Self { packet, is_for_host: true, has_room: true, is_claimed: false, is_marked: false }
     }
 }
 
@@ -34,6 +36,10 @@ impl Packet for Early {
 
     fn can_pass_stack(&self) -> bool {
         true
+    }
+
+    fn is_for_host(&mut self) -> bool {
+        self.is_for_host
     }
 
     fn find_way(&self, _: &Address, _: &Address, _: u32, (): &mut ()) -> Way {

@@ -33,9 +33,10 @@ impl BpfSink {
         self.reported_missing.clone_from(&view.missing);
         self.attached.retain(|(interface, _)| view.interfaces.contains(interface));
         self.refused.retain(|interface| view.interfaces.contains(interface));
-        self.xdp.retain(|index, _| self.attached.iter().any(|(interface, _)| interface.index == *index));
+        self.xdp.retain(|index| self.attached.iter().any(|(interface, _)| interface.index == index));
         let reach = self.reach(view, &BTreeSet::new());
         self.direct_links = self.actual.linked_pods().flat_map(|pod| reach.needs(pod.to_ip())).collect();
+        self.xdp.follow(view);
         self.attach_wanted(view);
         // Between two default routes there may be a moment with none: the last uplinks stay.
         let going = if view.uplinks.is_empty() { BTreeSet::new() } else { self.going(view) };
@@ -210,7 +211,7 @@ impl BpfSink {
                 Err(error) => tracing::warn!(interface = name, "programs stay attached: {error:#}"),
             }
             self.attached.retain(|(interface, _)| interface.index != index);
-            self.xdp.remove(&index);
+            self.xdp.retain(|other| other != index);
         }
     }
 }

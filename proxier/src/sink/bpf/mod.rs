@@ -4,7 +4,7 @@
 //! Nothing is detached or removed when the agent ends: packets go on, and the next agent adopts what it finds.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     fs::{self, File, TryLockError},
     io,
     path::{Path, PathBuf},
@@ -28,7 +28,7 @@ use self::{
     uplinks::{Interface, View},
     versions::Version,
 };
-use super::{Attached, Condition, Failure, Incomplete, Sink, Snapshot, Xdp};
+use super::{Attached, Condition, Failure, Incomplete, Sink, Snapshot};
 use crate::{
     delta::{Actual, Plan, Step},
     desired::{Desired, Scope},
@@ -117,12 +117,7 @@ pub struct BpfSink {
     tidied_at: Option<Instant>,
     view: watch::Receiver<View>,
     attached: BTreeSet<(Interface, Role)>,
-    /// How to attach at XDP too.
-    xdp_mode: Option<xdp::Mode>,
-    /// Why there can be no program at XDP anywhere.
-    without_xdp: Option<String>,
-    /// What became of XDP at the uplinks, by index.
-    xdp: BTreeMap<u32, Xdp>,
+    xdp: xdp::Attachments,
     /// When the programs were last put in their places.
     attached_at: Instant,
     local_clients: bool,
@@ -164,9 +159,7 @@ impl BpfSink {
         let lock = lock(&pin_path)?;
         tables::check_pinned(&pin_path)?;
         let mut ebpf = load(&pin_path, local_clients)?;
-        let xdp_mode = xdp::Mode::of(ingress);
-        let without_xdp =
-            xdp_mode.and_then(|mode| xdp::load(&mut ebpf, mode).err()).map(|error| format!("{error:#}"));
+        let xdp = xdp::Attachments::new(&mut ebpf, ingress)?;
         let mut tables = Tables::open(&pin_path)?;
         let actual = tables.read()?;
         // A former agent may have been killed between a change and the sweep that belongs to it.
@@ -200,9 +193,7 @@ impl BpfSink {
             tidied_at: None,
             view,
             attached: BTreeSet::new(),
-            xdp_mode,
-            without_xdp,
-            xdp: BTreeMap::new(),
+            xdp,
             attached_at: Instant::now(),
             local_clients,
             reach: Arc::default(),
@@ -378,7 +369,7 @@ impl Sink for BpfSink {
         let interfaces = self.attached.iter().map(|(interface, role)| Attached {
             interface: interface.name.clone(),
             is_uplink: *role == Role::Uplink,
-            xdp: self.xdp.get(&interface.index).cloned(),
+            xdp: self.xdp.state(interface.index).cloned(),
         });
         let direct = self.tale.report();
         Some(Condition { interfaces: interfaces.collect(), pinned: !self.pins_lost, direct })

@@ -60,6 +60,16 @@ pub(super) struct View {
     pub(super) missing: BTreeSet<String>,
     /// Those that can tell how pods are reached.
     pub(super) routes: Routes,
+    /// Where frames come in, by the index of the interface whose driver has them.
+    pub(super) devices: BTreeMap<u32, Device>,
+}
+
+/// An interface with Ethernet frames, from its driver's side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Device {
+    /// The interface that its frames are seen at: itself, or the bond that it is a member of.
+    pub(super) upper: u32,
+    pub(super) mac: [u8; 6],
 }
 
 /// After a change, how long to wait for the ones that come with it.
@@ -115,21 +125,24 @@ pub(super) async fn watch(named: BTreeSet<String>) -> anyhow::Result<watch::Rece
 
 async fn list(handle: &Handle, named: &BTreeSet<String>) -> anyhow::Result<View> {
     let mut interfaces = Vec::new();
+    let mut devices = BTreeMap::new();
     let mut links = Box::pin(handle.link().get().execute());
     while let Some(link) = links.try_next().await.context("interfaces cannot be listed (netlink)")? {
         let name = link.attributes.iter().find_map(|attribute| match attribute {
             LinkAttribute::IfName(name) => Some(name.clone()),
             _ => None,
         });
+        let index = link.header.index;
+        devices.extend(device(index, &link.attributes).map(|device| (index, device)));
         if let Some(name) = name {
             interfaces.push(Interface {
-                index: link.header.index,
+                index,
                 name,
                 header: link_header(link.header.link_layer_type),
                 leads_to_pod: leads_to_pod(&link.attributes),
                 is_bridge: infos(&link.attributes)
                     .any(|info| matches!(info, LinkInfo::Kind(InfoKind::Bridge))),
-                bridge: bridge_of(&link.attributes),
+                bridge: controller(&link.attributes, &InfoPortKind::Bridge),
             });
         }
     }
@@ -140,7 +153,7 @@ async fn list(handle: &Handle, named: &BTreeSet<String>) -> anyhow::Result<View>
         interfaces.iter().filter(|i| named.contains(&i.name)).map(|i| i.index).collect()
     };
     let routes = Routes::new(routes, &wanted);
-    Ok(view(interfaces, routes, &wanted, named))
+    Ok(View { devices, ..view(interfaces, routes, &wanted, named) })
 }
 
 fn view(
@@ -154,7 +167,7 @@ fn view(
     let (uplinks, others): (BTreeSet<_>, BTreeSet<_>) =
         interfaces.iter().cloned().partition(|interface| wanted.contains(&interface.index));
     let pod_links = others.into_iter().filter(|interface| interface.leads_to_pod).collect();
-    View { interfaces, uplinks, pod_links, missing, routes }
+    View { interfaces, uplinks, pod_links, missing, routes, devices: BTreeMap::new() }
 }
 
 /// Every container network plugin that gives a pod an interface of its own on the node makes such a pair.
@@ -172,8 +185,17 @@ fn infos(attributes: &[LinkAttribute]) -> impl Iterator<Item = &LinkInfo> {
     })
 }
 
-fn bridge_of(attributes: &[LinkAttribute]) -> Option<u32> {
-    if !infos(attributes).any(|info| matches!(info, LinkInfo::PortKind(InfoPortKind::Bridge))) {
+fn device(index: u32, attributes: &[LinkAttribute]) -> Option<Device> {
+    let mac = attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Address(bytes) => bytes.as_slice().try_into().ok(),
+        _ => None,
+    })?;
+    Some(Device { upper: controller(attributes, &InfoPortKind::Bond).unwrap_or(index), mac })
+}
+
+/// What it is a port of, if that is of this kind.
+fn controller(attributes: &[LinkAttribute], of_kind: &InfoPortKind) -> Option<u32> {
+    if !infos(attributes).any(|info| matches!(info, LinkInfo::PortKind(kind) if kind == of_kind)) {
         return None;
     }
     attributes.iter().find_map(|attribute| match attribute {

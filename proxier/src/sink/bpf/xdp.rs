@@ -2,6 +2,7 @@
 //! needed: what it does not do, the program at tc does. So where it cannot be, the agent says why and goes on.
 
 use std::{
+    collections::BTreeMap,
     fs, io,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
@@ -12,6 +13,7 @@ use std::{
 use anyhow::{Context as _, anyhow, bail};
 use aya::{
     Ebpf,
+    maps::{HashMap, MapData, MapError},
     programs::{
         ProgramError, Xdp, XdpError, XdpMode,
         links::{FdLink, PinnedLink},
@@ -19,14 +21,18 @@ use aya::{
         xdp::XdpLink,
     },
 };
+use proxier_common::XdpDevice;
 use tokio::{runtime::Handle, task};
 
 use super::{
     BpfSink,
     attach::{REQUEST_PREFIX, Role, directory},
-    uplinks::{self, Interface, LinkHeader},
+    uplinks::{self, Device, Interface, LinkHeader, View},
 };
 use crate::sink::Xdp as State;
+
+/// The map of devices.
+const TABLE: &str = "xdp_devices";
 
 /// Where packets from outside are rewritten.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -42,7 +48,7 @@ pub enum Ingress {
 
 /// How a program is attached at XDP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Mode {
+enum Mode {
     /// In the driver.
     Native,
     /// In the stack.
@@ -53,7 +59,7 @@ impl Mode {
     const ALL: [Self; 2] = [Self::Native, Self::Generic];
 
     /// What was asked for; `None` for tc alone.
-    pub(super) const fn of(ingress: Ingress) -> Option<Self> {
+    const fn of(ingress: Ingress) -> Option<Self> {
         match ingress {
             Ingress::Tc => None,
             Ingress::Xdp => Some(Self::Native),
@@ -62,7 +68,7 @@ impl Mode {
     }
 
     /// As told to whoever asks.
-    pub(super) const fn state(self) -> State {
+    const fn state(self) -> State {
         match self {
             Self::Native => State::Native,
             Self::Generic => State::Generic,
@@ -103,26 +109,101 @@ pub(super) fn index_of_pin(name: &str) -> Option<u32> {
     Mode::ALL.into_iter().find_map(|mode| name.strip_prefix(mode.name())?.parse().ok())
 }
 
+/// What is at XDP of the uplinks, and why not.
+#[derive(Debug)]
+pub(super) struct Attachments {
+    /// How to attach; `None` for tc alone.
+    mode: Option<Mode>,
+    /// Why there can be no program anywhere.
+    unusable: Option<String>,
+    /// What became of it, by the uplink's index.
+    states: BTreeMap<u32, State>,
+    /// By which the program tells this host's frames from others'.
+    table: HashMap<MapData, u32, XdpDevice>,
+    /// What that holds.
+    devices: BTreeMap<u32, Device>,
+}
+
+impl Attachments {
+    /// None yet. Loads the program that is asked for; that the kernel does not take it is said where it is to be attached.
+    ///
+    /// # Errors
+    ///
+    /// The object does not have what it should.
+    pub(super) fn new(ebpf: &mut Ebpf, ingress: Ingress) -> anyhow::Result<Self> {
+        let mode = Mode::of(ingress);
+        let unusable = mode.and_then(|mode| load(ebpf, mode).err()).map(|error| format!("{error:#}"));
+        let table = ebpf.take_map(TABLE).with_context(|| format!("the kernel object has no map {TABLE}"))?;
+        let table = table.try_into().with_context(|| format!("map {TABLE} of the kernel object"))?;
+        Ok(Self { mode, unusable, states: BTreeMap::new(), table, devices: BTreeMap::new() })
+    }
+
+    /// What became of XDP at the interface of this index; `None` where it was not asked for.
+    pub(super) fn state(&self, index: u32) -> Option<&State> {
+        self.states.get(&index)
+    }
+
+    /// Forgets the interfaces whose index is not one of these.
+    pub(super) fn retain(&mut self, is_there: impl Fn(u32) -> bool) {
+        self.states.retain(|index, _| is_there(*index));
+    }
+
+    /// Tells the program by which devices the uplinks' frames come, and with which MAC addresses they are for this host. Frames of
+    /// a device that it does not know, or with another address, it leaves to tc.
+    pub(super) fn follow(&mut self, view: &View) {
+        // Between two default routes the last uplinks stay.
+        if self.mode.is_none() || view.uplinks.is_empty() {
+            return;
+        }
+        let is_uplink = |device: &Device| view.uplinks.iter().any(|uplink| uplink.index == device.upper);
+        let wanted = view.devices.iter().filter(|(_, device)| is_uplink(device));
+        let wanted: BTreeMap<u32, Device> = wanted.map(|(index, device)| (*index, *device)).collect();
+        for index in
+            self.devices.keys().copied().filter(|index| !wanted.contains_key(index)).collect::<Vec<_>>()
+        {
+            match self.table.remove(&index) {
+                Ok(()) | Err(MapError::KeyNotFound) => drop(self.devices.remove(&index)),
+                Err(error) => {
+                    tracing::warn!(index, "an interface stays known to the program at XDP: {error}");
+                }
+            }
+        }
+        for (index, device) in wanted {
+            if self.devices.get(&index) == Some(&device) {
+                continue;
+            }
+            let Device { upper, mac } = device;
+            match self.table.insert(index, XdpDevice { upper, mac, padding: 0 }, 0) {
+                Ok(()) => drop(self.devices.insert(index, device)),
+                Err(error) => tracing::warn!(
+                    index,
+                    "packets are rewritten at tc, not at XDP: map {TABLE} takes no interface of this index: {error}"
+                ),
+            }
+        }
+    }
+}
+
 impl BpfSink {
     /// Puts the program at XDP of an uplink if that was asked for, or else takes it off. tc is in place already: there is no moment
     /// without a program.
     pub(super) fn attach_xdp(&mut self, interface: &Interface, role: Role) {
-        let Some(mode) = self.xdp_mode.filter(|_| role == Role::Uplink) else {
-            self.xdp.remove(&interface.index);
+        let Some(mode) = self.xdp.mode.filter(|_| role == Role::Uplink) else {
+            self.xdp.states.remove(&interface.index);
             if let Err(error) = detach(&self.pin_path, interface.index) {
                 tracing::warn!(interface = interface.name, "a program stays at XDP: {error:#}");
             }
             return;
         };
-        let attached = match &self.without_xdp {
-            Some(reason) => Err(anyhow::anyhow!(reason.clone())),
+        let attached = match &self.xdp.unusable {
+            Some(reason) => Err(anyhow!(reason.clone())),
             None => attach(&mut self.ebpf, &self.pin_path, interface, mode),
         };
         let state = match attached {
             Ok(()) => mode.state(),
             Err(error) => State::Refused(format!("{error:#}")),
         };
-        if self.xdp.get(&interface.index) == Some(&state) {
+        if self.xdp.state(interface.index) == Some(&state) {
             return;
         }
         match &state {
@@ -134,7 +215,7 @@ impl BpfSink {
             }
             _ => tracing::info!(interface = interface.name, ?mode, "program is attached at XDP"),
         }
-        self.xdp.insert(interface.index, state);
+        self.xdp.states.insert(interface.index, state);
     }
 }
 
@@ -156,7 +237,7 @@ pub(super) fn network_namespace() -> anyhow::Result<u32> {
 /// # Errors
 ///
 /// The kernel does not take it.
-pub(super) fn load(ebpf: &mut Ebpf, mode: Mode) -> anyhow::Result<()> {
+fn load(ebpf: &mut Ebpf, mode: Mode) -> anyhow::Result<()> {
     program(ebpf, mode)?.load().with_context(|| {
         format!("program {} cannot be loaded, which needs Linux 5.18 (XDP on packets in fragments): use --ingress tc", mode.program())
     })
@@ -175,12 +256,7 @@ fn program(ebpf: &mut Ebpf, mode: Mode) -> anyhow::Result<&mut Xdp> {
 /// # Errors
 ///
 /// Why it cannot be there, and what to do about it.
-pub(super) fn attach(
-    ebpf: &mut Ebpf,
-    pin_path: &Path,
-    interface: &Interface,
-    mode: Mode,
-) -> anyhow::Result<()> {
+fn attach(ebpf: &mut Ebpf, pin_path: &Path, interface: &Interface, mode: Mode) -> anyhow::Result<()> {
     if interface.header != Some(LinkHeader::Ethernet) {
         bail!("{} has no Ethernet headers, which proxier reads at XDP", interface.name);
     }
@@ -260,7 +336,9 @@ fn refusal(error: ProgramError, interface: &Interface, mode: Mode) -> anyhow::Er
             )
         }
         Some(libc::EOPNOTSUPP) if mode == Mode::Native => {
-            format!("the driver of {name} has no XDP of its own: use --ingress tc")
+            format!(
+                "the driver of {name} has no XDP of its own: use --ingress tc, or --ingress xdp-generic to try it out"
+            )
         }
         Some(libc::ERANGE | libc::EINVAL | libc::E2BIG) if mode == Mode::Native => format!(
             "the driver of {name} does not take an XDP program with the interface as it is set up (its MTU, its receive offloads, or its \
