@@ -26,9 +26,10 @@ use super::{
 };
 use crate::{
     agent::{Agent, AgentSpec},
+    capture::{Capture, Direction},
     manifests,
     netns::Namespace,
-    topology::{Lab, LabSpec, NODE_NAME},
+    topology::{Lab, LabSpec, NODE_NAME, UPLINK},
 };
 
 /// The pod's address, as labs have it.
@@ -93,6 +94,8 @@ pub struct Way {
     pub tracked: bool,
     /// How the agent delivers it, if its table of flows has it.
     pub flow: Option<Delivery>,
+    /// It is the pod's before the node's stack has it.
+    pub early: bool,
 }
 
 /// How the agent delivers a flow.
@@ -116,6 +119,7 @@ impl Way {
                 Kind::ProxierStack | Kind::ProxierXdp => Some(Delivery::Stack),
                 _ => None,
             },
+            early: matches!(kind, Kind::ProxierXdp),
         }
     }
 }
@@ -237,6 +241,8 @@ impl Ground {
     pub fn way(&self) -> anyhow::Result<Way> {
         let ends = self.ends();
         let listener = ends.pod.enter(|| std::net::TcpListener::bind(("0.0.0.0", CONNECTIONS_PORT)))?;
+        // Behind XDP and before tc.
+        let uplink = self.node().map(|node| Capture::start(node, UPLINK)).transpose()?;
         let client = SocketAddr::from((ends.clients[0], 0));
         let to = SocketAddr::from((self.target, CONNECTIONS_PORT));
         let connection = connect(ends.client, client, to, None, PATIENCE)
@@ -257,6 +263,7 @@ impl Ground {
                 Some(pins) => delivery(&pins, own)?,
                 None => None,
             },
+            early: self.target != POD && uplink.is_some_and(|uplink| is_pods_at(&uplink, own)),
         })
     }
 }
@@ -293,12 +300,24 @@ fn set_up(arm: Arm, services: u32, lab: &Lab, agent: &Path, work: &Path) -> anyh
             let externals: Vec<IpAddr> = (0..arm.addresses).map(|index| external(index).into()).collect();
             fs::write(manifests.join("service.yaml"), manifests::service("bench", &externals))?;
             fs::write(manifests.join("slices.yaml"), manifests::slices("bench", NODE_NAME, &[POD.into()]))?;
+            if arm.kind == Kind::ProxierXdp {
+                complete_checksums(&lab.client.namespace)?;
+            }
             let flags = arm.kind.flag().unwrap_or_default();
             let spec = AgentSpec::new(agent, &manifests, &work.join("agent.log"));
             return spec.with_arguments(flags).start(lab).map(Some);
         }
     }
     Ok(None)
+}
+
+/// Has the client compute the checksums of what it sends, as packets of a network card have them: others XDP leaves to tc.
+fn complete_checksums(client: &Namespace) -> anyhow::Result<()> {
+    let output = client.command("ethtool")?.args(["-K", "eth0", "tx", "off"]).output();
+    let output = output.context("cannot run `ethtool`: install ethtool")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "ethtool: {}", said.trim());
+    Ok(())
 }
 
 /// Runs a command in `namespace` with `input`.
@@ -367,6 +386,16 @@ fn is_translated(line: &str, client: SocketAddr, target: Ipv4Addr) -> bool {
     words.len() >= expected.len() && words.iter().zip(&expected).all(|(word, expected)| word == expected)
 }
 
+/// Whether what `client` sends is for the pod where it has come in. One checksum in 65,536 looks as if it were left to the hardware:
+/// not each packet's.
+fn is_pods_at(uplink: &Capture, client: SocketAddr) -> bool {
+    uplink.packets(Direction::In).iter().any(|packet| {
+        packet.source == client.ip()
+            && packet.destination == POD
+            && packet.ports().is_some_and(|(from, _)| from == client.port())
+    })
+}
+
 /// Whether the agent's table of flows has a conversation of `client` with the pod.
 fn delivery(pins: &Path, client: SocketAddr) -> anyhow::Result<Option<Delivery>> {
     let map = Map::LruHashMap(MapData::from_pin(pins.join("flows")).context("the agent's table of flows")?);
@@ -407,5 +436,6 @@ mod tests {
             Way::of(Kind::ProxierStack),
             "a fallback would go unnoticed"
         );
+        assert_ne!(Way::of(Kind::ProxierXdp), Way::of(Kind::ProxierStack), "what tc does would go unnoticed");
     }
 }
