@@ -9,7 +9,7 @@ use std::{
 
 use nix::sys::socket::{SetSockOpt as _, sockopt};
 
-use crate::scenario::Scenario;
+use crate::{netns::Namespace, scenario::Scenario};
 
 /// Room for ten seconds of datagrams.
 const RECEIVE_BUFFER: usize = 16 << 20;
@@ -19,7 +19,7 @@ const RECEIVE_BUFFER: usize = 16 << 20;
 ///
 /// # Panics
 ///
-/// When `work` does, or nothing can be sent.
+/// When `work` does, nothing can be sent, or datagrams were lost in the sockets of client or pods, of which nothing can be said.
 pub fn lost_during(
     scenario: &mut Scenario,
     external: IpAddr,
@@ -31,7 +31,8 @@ pub fn lost_during(
     sockopt::RcvBufForce.set(&socket, &RECEIVE_BUFFER).expect("root may have a large buffer");
     socket.connect(SocketAddr::new(external, 5060)).expect("the client has a route");
     let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
+    let overflows = overflows(scenario);
+    let (sent, lost) = std::thread::scope(|scope| {
         let sender = scope.spawn(|| {
             let mut sent = 0_u32;
             while !stop.load(Ordering::Relaxed) {
@@ -51,7 +52,34 @@ pub fn lost_during(
             std::panic::resume_unwind(panic);
         }
         (sent, (0..sent).filter(|number| !received.contains(number)).collect())
-    })
+    });
+    assert_eq!(
+        self::overflows(scenario),
+        overflows,
+        "sockets of the lab were full: {lost:?} of {sent} are missing"
+    );
+    (sent, lost)
+}
+
+/// How many datagrams the sockets of client and pods had no room for.
+fn overflows(scenario: &Scenario) -> u64 {
+    let pods = scenario.lab.pods.iter().map(|pod| &pod.host.namespace);
+    pods.chain([&scenario.lab.client.namespace]).map(overflows_in).sum()
+}
+
+fn overflows_in(namespace: &Namespace) -> u64 {
+    // Not /proc/net, which is that of the process's first thread.
+    let read =
+        |file| std::fs::read_to_string(format!("/proc/thread-self/net/{file}")).expect("/proc is mounted");
+    let (v4, v6) = namespace.enter(|| (read("snmp"), read("snmp6")));
+    let mut v4 = v4.lines().filter_map(|line| line.strip_prefix("Udp: "));
+    let (names, values) = (v4.next().expect("Linux counts UDP"), v4.next().expect("behind the names"));
+    let v4 = names.split(' ').zip(values.split(' ')).find(|(name, _)| *name == "RcvbufErrors");
+    let v6 = v6.lines().filter_map(|line| line.split_once(' ')).find(|(name, _)| *name == "Udp6RcvbufErrors");
+    [v4, v6]
+        .into_iter()
+        .map(|counter| counter.expect("Linux counts it").1.trim().parse::<u64>().expect("a number"))
+        .sum()
 }
 
 fn received(socket: &UdpSocket, stop: &AtomicBool) -> BTreeSet<u32> {

@@ -18,7 +18,7 @@ use nix::{
     sched::{CloneFlags, setns},
     sys::socket::{
         ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg, setsockopt,
-        sockopt::{Ipv4PacketInfo, Ipv6RecvPacketInfo},
+        sockopt::{Ipv4PacketInfo, Ipv6RecvPacketInfo, RcvBufForce},
     },
 };
 use socket2::{Domain, Protocol, Socket, Type};
@@ -30,6 +30,9 @@ use crate::{
 
 /// Protocols that no kernel socket answers: the responder does it by hand.
 const RAW_PROTOCOLS: [u8; 4] = [protocol::SCTP, protocol::DCCP, protocol::GRE, protocol::ESP];
+
+/// Room for what comes within seconds in which others have this machine's CPUs.
+const RECEIVE_BUFFER: usize = 16 << 20;
 
 /// Which ports a responder listens on. Protocols without ports are always answered.
 #[derive(Clone, Debug)]
@@ -283,7 +286,8 @@ impl Datagrams {
             } else {
                 setsockopt(&socket, Ipv6RecvPacketInfo, &true)?;
             }
-            socket.set_recv_buffer_size(4 << 20)?;
+            // Not what the machine allows: of packets that native XDP has seen, each takes a page, and that would be a hundred.
+            setsockopt(&socket, RcvBufForce, &RECEIVE_BUFFER)?;
             if !is_raw {
                 socket.bind(&address.into())?;
             }
