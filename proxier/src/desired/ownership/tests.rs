@@ -79,6 +79,24 @@ fn the_loser_takes_over_when_the_winner_goes() {
     assert_eq!(problems, []);
 }
 
+/// What counts is the age of the Service, not that of its claim, for no field tells the latter: SECURITY.md says what that means.
+#[test]
+fn an_older_service_that_claims_later_takes_the_address_unless_the_range_is_another_namespaces() {
+    let young = created(mk_service("young", ["10.0.0.55"]), 200);
+    let old = |addresses: Vec<&str>| {
+        let service = Service { name: ObjectName::new("other", "old"), ..mk_service("old", addresses) };
+        created(service, 100)
+    };
+    let owner = |old: Service, settings: &Settings| {
+        let (desired, _) = desired(vec![young.clone().into(), old.into()], settings);
+        owner_of(&desired, "10.0.0.55")
+    };
+    assert_eq!(owner(old(vec![]), &settings()).as_deref(), Some("young"));
+    assert_eq!(owner(old(vec!["10.0.0.55"]), &settings()).as_deref(), Some("old"));
+    let bound = Settings { external_cidrs: vec!["default=10.0.0.0/24".parse().unwrap()], ..settings() };
+    assert_eq!(owner(old(vec!["10.0.0.55"]), &bound).as_deref(), Some("young"));
+}
+
 #[test]
 fn of_two_services_of_one_age_the_first_by_name_has_the_address() {
     let a = created(mk_service("a", ["10.0.0.55"]), 100);
