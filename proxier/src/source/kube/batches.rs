@@ -45,9 +45,10 @@ pub(super) enum Update {
 pub(super) struct Pending {
     /// Watches that have not told their first list.
     unlisted: BTreeSet<&'static str>,
-    events: BTreeMap<ObjectId, Event>,
+    /// Of each object the last, so that no more is kept than there are objects, however long a first list is missing. With
+    /// it, when the first of what happened to the object meanwhile did, if it says so.
+    events: BTreeMap<ObjectId, (Event, Option<SystemTime>)>,
     api_server: Option<BTreeSet<IpAddr>>,
-    triggered: Vec<SystemTime>,
     /// Of all objects.
     problems: BTreeMap<ObjectId, Vec<Problem>>,
     /// True at first: the agent is given a first batch even if there is nothing.
@@ -64,7 +65,6 @@ impl Pending {
             unlisted: resources.iter().copied().collect(),
             events: BTreeMap::new(),
             api_server: None,
-            triggered: Vec::new(),
             problems: BTreeMap::new(),
             problems_changed: true,
             begun: false,
@@ -103,12 +103,17 @@ impl Pending {
             Update::Applied { object, problems, triggered } => {
                 let id = object.id();
                 self.note(&id, problems);
-                self.events.insert(id, Event::Apply(object));
-                self.triggered.extend(triggered);
+                let waits = self.events.get(&id).and_then(|(_, triggered)| *triggered);
+                self.events.insert(id, (Event::Apply(object), waits.or(triggered)));
             }
             Update::Deleted { id, problems } => {
                 self.note(&id, problems);
-                self.events.insert(id.clone(), Event::Delete(id));
+                if self.begun {
+                    self.events.insert(id.clone(), (Event::Delete(id), None));
+                } else {
+                    // Nobody knows of it. Names that come and go must not pile up.
+                    self.events.remove(&id);
+                }
             }
             Update::ApiServer(addresses) => self.api_server = Some(addresses),
             Update::Listed(resource) => {
@@ -135,7 +140,7 @@ impl Pending {
     }
 
     fn take(&mut self) -> Batch {
-        let events: Vec<Event> = mem::take(&mut self.events).into_values().collect();
+        let (events, triggered): (Vec<Event>, Vec<_>) = mem::take(&mut self.events).into_values().unzip();
         if !mem::replace(&mut self.begun, true)
             && !events.iter().any(|event| matches!(event, Event::Apply(Object::Service(_))))
         {
@@ -147,15 +152,17 @@ impl Pending {
             events,
             problems,
             api_server: self.api_server.take(),
-            triggered: mem::take(&mut self.triggered),
+            triggered: triggered.into_iter().flatten().collect(),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
-    use crate::model::testing::{mk_name, mk_node, mk_service};
+    use crate::model::testing::{mk_endpoint, mk_name, mk_node, mk_service, mk_slice};
 
     fn applied(object: impl Into<Object>) -> Update {
         Update::Applied { object: object.into(), problems: Vec::new(), triggered: None }
@@ -192,6 +199,7 @@ mod tests {
         let mut pending = pending();
         pending.add(Update::Listed("services"));
         pending.add(Update::Listed("nodes"));
+        pending.take();
         for address in ["10.0.0.55", "10.0.0.56"] {
             pending.add(applied(mk_service("web", [address])));
             pending.add(applied(mk_node("node1", [address])));
@@ -200,5 +208,48 @@ mod tests {
         pending.add(Update::Deleted { id: id.clone(), problems: Vec::new() });
         let node = mk_node("node1", ["10.0.0.56"]);
         assert_eq!(pending.take().events, [Event::Delete(id), Event::Apply(node.into())]);
+    }
+    fn at(seconds: u64) -> Option<SystemTime> {
+        Some(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds))
+    }
+
+    fn slice(name: &str, seconds: u64) -> Update {
+        let slice = mk_slice(name, "web", [mk_endpoint("11.0.2.2", "node1")]);
+        Update::Applied { object: slice.into(), problems: Vec::new(), triggered: at(seconds) }
+    }
+
+    #[test]
+    fn while_a_first_list_is_missing_no_more_is_kept_than_there_are_objects() {
+        let mut pending = pending();
+        pending.add(Update::Listed("services"));
+        for round in 0..1000 {
+            pending.add(slice("web-1", 100 + round));
+            pending.add(slice(&format!("passing-{round}"), 100));
+            let id = ObjectId::EndpointSlice(mk_name(&format!("passing-{round}")));
+            pending.add(Update::Deleted { id, problems: Vec::new() });
+        }
+        assert_eq!(pending.events.len(), 1);
+        pending.add(Update::Listed("nodes"));
+        let batch = pending.take();
+        assert_eq!(batch.events.len(), 1);
+        assert_eq!(batch.triggered, [at(100).unwrap()]);
+    }
+
+    #[test]
+    fn of_changes_that_are_delivered_as_one_the_one_that_waited_longest_is_timed() {
+        let mut pending = pending();
+        pending.add(Update::Listed("services"));
+        pending.add(Update::Listed("nodes"));
+        pending.add(slice("web-1", 1));
+        pending.add(slice("web-2", 2));
+        pending.add(slice("web-1", 3));
+        assert_eq!(pending.take().triggered, [at(1).unwrap(), at(2).unwrap()]);
+        pending.add(slice("web-1", 4));
+        assert_eq!(pending.take().triggered, [at(4).unwrap()]);
+        // Of one that has gone nothing says when.
+        pending.add(slice("web-1", 5));
+        let id = ObjectId::EndpointSlice(mk_name("web-1"));
+        pending.add(Update::Deleted { id, problems: Vec::new() });
+        assert!(pending.take().triggered.is_empty());
     }
 }
