@@ -339,6 +339,7 @@ impl<'a> Agent<'a> {
             match error.downcast_ref() {
                 // The others are in force.
                 Some(Incomplete { failures }) => {
+                    self.tellers.observed.health.applied_in_part();
                     let failed = failures.iter().filter_map(|failure| failure.service.clone()).collect();
                     let scope = mem::replace(&mut self.scope, Scope::none());
                     self.tell_changes(self.without(&failed, scope));

@@ -184,6 +184,30 @@ async fn a_restarted_agent_tells_what_changed_while_none_ran_and_nothing_else() 
 }
 
 #[tokio::test(start_paused = true)]
+async fn load_balancers_are_sent_here_once_a_part_is_in_force_and_not_by_an_attempt_that_failed_altogether() {
+    let recorder = Recorder::default();
+    recorder.0.lock().unwrap().failures = [true].into();
+    recorder.0.lock().unwrap().too_large = Some("greedy".to_owned());
+    let tellers = tellers();
+    let health = tellers.observed.health.clone();
+    let (batches, receiver) = mpsc::channel(1);
+    let mut sink = recorder.clone();
+    let shutdown = async {
+        let greedy = batch([mk_service("greedy", ["10.0.0.99"]).into()]);
+        batches.send(greedy).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        assert_eq!(recorder.0.lock().unwrap().applied, [(0, 1, false)]);
+        assert!(!health.serves());
+        // The second attempt.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert!(health.serves());
+        "test"
+    };
+    Agent::new(&mut sink, settings(), tellers).run(receiver, Until::Signalled, shutdown).await.unwrap();
+    assert_eq!(recorder.0.lock().unwrap().applied.len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_failed_is_tried_again_ever_more_slowly_and_the_same_state_is_not_applied_twice() {
     let recorder = Recorder::default();
     recorder.0.lock().unwrap().failures = [true; 9].into();

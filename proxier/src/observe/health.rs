@@ -46,6 +46,8 @@ struct Turning {
 struct Progress {
     synced: bool,
     applied: bool,
+    /// Whether a part of it was.
+    in_part: bool,
     /// Whether all was applied that the kernel has room for.
     full: bool,
     /// Since when, and how often in a row, the state could not be applied.
@@ -168,10 +170,17 @@ impl Health {
         progress.failing = None;
     }
 
+    /// The state is in force but for some of its Services.
+    pub fn applied_in_part(&self) {
+        lock(&self.0.progress).in_part = true;
+    }
+
     /// The state is in force but for what the kernel has no room for. Starting the agent anew would not make any, and one
     /// Service's greed must not hold up a roll-out.
     pub fn applied_but_for_room(&self) {
-        lock(&self.0.progress).full = true;
+        let mut progress = lock(&self.0.progress);
+        progress.in_part = true;
+        progress.full = true;
     }
 
     /// The state, or a part of it, could not be applied.
@@ -209,13 +218,13 @@ impl Health {
     /// Whether load balancers may send this node what is for Services that have pods here.
     ///
     /// A state that was applied but for a part counts: one Service that does not fit must not take every other one off the
-    /// load balancers when the agent is started anew.
+    /// load balancers when the agent is started anew. One of which nothing could be applied does not.
     #[must_use]
     pub fn serves(&self) -> bool {
         let progress = lock(&self.0.progress).clone();
-        let tried = progress.synced && (progress.applied || progress.failing.is_some());
+        let in_force = progress.synced && (progress.applied || progress.in_part);
         let in_place = progress.kernel.is_none_or(|kernel| kernel.uplinks > 0 && !kernel.pins_lost);
-        tried && in_place && self.live().passed()
+        in_force && in_place && self.live().passed()
     }
 }
 
@@ -435,9 +444,15 @@ mod tests {
         assert!(!health.serves());
         health.synced();
         assert!(!health.serves());
-        // All but what did not fit is in force.
+        // Nothing is in force: packets would go to the node itself.
         health.apply_failed();
+        assert!(!health.serves());
+        // All but one Service is.
+        health.applied_in_part();
         assert!(health.serves() && !health.ready().passed());
+        // A later attempt takes nothing away.
+        health.apply_failed();
+        assert!(health.serves());
         health.uplinks(0);
         assert!(!health.serves());
         health.uplinks(1);
