@@ -414,6 +414,8 @@ impl<'a> Agent<'a> {
                 .into_iter()
                 .for_each(|notice| events.tell(notice));
         }
+        // What of a Service is in force is counted too.
+        self.uncounted |= !changes.is_empty();
         match scope {
             Scope::All => self.in_force.clone_from(desired),
             Scope::Only(keys) => {
@@ -535,7 +537,7 @@ impl<'a> Agent<'a> {
             let node = &self.state.settings().node;
             self.tellers.observed.counts(Counts::of(catalog, desired));
             if let Some(service_health) = &mut self.tellers.service_health {
-                let (ports, problems) = health_check_ports(catalog, node);
+                let (ports, problems) = health_check_ports(catalog, &self.in_force, node);
                 service_health.update(&ports);
                 let former = mem::replace(&mut self.port_problems, by_subject(problems));
                 self.unreported.extend(former.into_keys().chain(self.port_problems.keys().cloned()));

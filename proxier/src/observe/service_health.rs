@@ -25,6 +25,7 @@ use super::{
 };
 use crate::{
     catalog::Catalog,
+    desired::{Desired, ServiceKey},
     model::{
         Family, NodeName, ObjectId, ObjectName, Problem, ProblemKind, Service, ServiceType, Severity,
         Subject, TrafficPolicy,
@@ -52,12 +53,23 @@ pub type HealthCheckPorts = BTreeMap<u16, (ObjectName, usize)>;
 
 /// The ports that `node` has to answer on. The API server gives every Service another one; of those that have the same,
 /// as manifests may, the oldest gets it, and the others are reported. So are those for which there are too many.
+///
+/// A Service of whose addresses none is `in_force` has no pods: all are refused, or another's, or there is no room.
 #[must_use]
-pub fn health_check_ports(catalog: &Catalog, node: &NodeName) -> (HealthCheckPorts, Vec<Problem>) {
-    assign_ports(catalog, node, MAX_PORTS.min(descriptor_limit() / DESCRIPTOR_SHARE))
+pub fn health_check_ports(
+    catalog: &Catalog,
+    in_force: &Desired,
+    node: &NodeName,
+) -> (HealthCheckPorts, Vec<Problem>) {
+    assign_ports(catalog, in_force, node, MAX_PORTS.min(descriptor_limit() / DESCRIPTOR_SHARE))
 }
 
-fn assign_ports(catalog: &Catalog, node: &NodeName, max_ports: usize) -> (HealthCheckPorts, Vec<Problem>) {
+fn assign_ports(
+    catalog: &Catalog,
+    in_force: &Desired,
+    node: &NodeName,
+    max_ports: usize,
+) -> (HealthCheckPorts, Vec<Problem>) {
     let mut asking: Vec<(u16, &Service)> = catalog
         .services()
         .filter(|service| {
@@ -87,7 +99,12 @@ fn assign_ports(catalog: &Catalog, node: &NodeName, max_ports: usize) -> (Health
                 problems.push(problem.in_field(FIELD, port.to_string()).of_kind(ProblemKind::Unsupported));
             }
             Entry::Vacant(entry) => {
-                entry.insert((service.name.clone(), local_endpoints(catalog, &service.name, node)));
+                let count = if is_served(service, in_force) {
+                    local_endpoints(catalog, &service.name, node)
+                } else {
+                    0
+                };
+                entry.insert((service.name.clone(), count));
             }
             Entry::Occupied(entry) => {
                 let subject = Subject::Object(ObjectId::Service(service.name.clone()));
@@ -101,6 +118,18 @@ fn assign_ports(catalog: &Catalog, node: &NodeName, max_ports: usize) -> (Health
         }
     }
     (ports, problems)
+}
+
+/// Whether an address of `service` leads to a pod that takes new conversations. One that has no address yet may be given one
+/// only once its nodes are known to have pods.
+fn is_served(service: &Service, in_force: &Desired) -> bool {
+    let has_address = !service.external_ips.is_empty() || service.load_balancer_ips().next().is_some();
+    !has_address
+        || Family::ALL.into_iter().any(|family| {
+            let key = ServiceKey { service: service.name.clone(), family };
+            let known = in_force.services.get(&key);
+            known.is_some_and(|known| !known.externals.is_empty() && !known.pods.is_empty())
+        })
 }
 
 /// Pods of `service` on `node` that are ready. Those that are about to end are not: that is how a load balancer learns to
@@ -257,9 +286,12 @@ mod tests {
     };
 
     use super::*;
-    use crate::model::{
-        CreationTime, Endpoint,
-        testing::{mk_endpoint, mk_name, mk_service, mk_slice},
+    use crate::{
+        desired::{Settings, compute},
+        model::{
+            CreationTime, Endpoint,
+            testing::{mk_endpoint, mk_name, mk_service, mk_slice},
+        },
     };
 
     fn balanced(name: &str, port: u16) -> Service {
@@ -271,6 +303,13 @@ mod tests {
         }
     }
 
+    /// All that should be in force is.
+    fn assigned(catalog: &Catalog, max_ports: usize) -> (HealthCheckPorts, Vec<Problem>) {
+        let settings = Settings::new(NodeName::new("node1"));
+        let (desired, _) = compute(catalog, &settings);
+        assign_ports(catalog, &desired, &settings.node, max_ports)
+    }
+
     fn ports(services: impl IntoIterator<Item = Service>, endpoints: Vec<Vec<Endpoint>>) -> HealthCheckPorts {
         let mut catalog = Catalog::default();
         for service in services {
@@ -279,7 +318,7 @@ mod tests {
         for (number, endpoints) in endpoints.into_iter().enumerate() {
             catalog.apply(mk_slice(&format!("web-{number}"), "web", endpoints).into());
         }
-        let (ports, problems) = health_check_ports(&catalog, &NodeName::new("node1"));
+        let (ports, problems) = assigned(&catalog, MAX_PORTS);
         assert_eq!(problems, []);
         ports
     }
@@ -335,6 +374,32 @@ mod tests {
     }
 
     #[test]
+    fn a_service_none_of_whose_addresses_is_in_force_has_no_pods_and_one_without_any_yet_has() {
+        let with = |addresses: &[&str]| Service {
+            external_ips: addresses.iter().map(|address| address.parse().unwrap()).collect(),
+            ..balanced("web", 30_123)
+        };
+        for (addresses, counts) in [
+            (&["127.0.0.1"][..], 0),
+            (&["127.0.0.1", "10.0.0.55"], 1),
+            // Its pods have the other family.
+            (&["1000::55"], 0),
+            (&["1000::55", "10.0.0.55"], 1),
+            (&[], 1),
+        ] {
+            let ports = ports([with(addresses)], vec![vec![mk_endpoint("11.0.2.2", "node1")]]);
+            assert_eq!(ports, BTreeMap::from([(30_123, (mk_name("web"), counts))]), "{addresses:?}");
+        }
+
+        // It should be, and the kernel has no room.
+        let mut catalog = Catalog::default();
+        catalog.apply(with(&["10.0.0.55"]).into());
+        catalog.apply(mk_slice("web-1", "web", [mk_endpoint("11.0.2.2", "node1")]).into());
+        let (ports, _) = health_check_ports(&catalog, &Desired::default(), &NodeName::new("node1"));
+        assert_eq!(ports, BTreeMap::from([(30_123, (mk_name("web"), 0))]));
+    }
+
+    #[test]
     fn of_two_services_with_one_port_the_older_has_it_and_the_other_is_told() {
         let created = |name, seconds: Option<i64>| Service {
             created: seconds.map(CreationTime),
@@ -345,7 +410,7 @@ mod tests {
             catalog.apply(created("mail", mail).into());
             catalog.apply(created("web", web).into());
             catalog.apply(created("a", Some(10)).into());
-            let (ports, problems) = health_check_ports(&catalog, &NodeName::new("node1"));
+            let (ports, problems) = assigned(&catalog, MAX_PORTS);
             assert_eq!(ports, BTreeMap::from([(30_123, (mk_name("mail"), 0))]));
             let texts: Vec<_> = problems.iter().map(ToString::to_string).collect();
             assert_eq!(texts.len(), 2, "{texts:?}");
@@ -366,8 +431,7 @@ mod tests {
             let created = Some(CreationTime(created));
             catalog.apply(Service { created, ..balanced(name, port) }.into());
         }
-        let node = NodeName::new("node1");
-        let (ports, problems) = assign_ports(&catalog, &node, 2);
+        let (ports, problems) = assigned(&catalog, 2);
         let expected = BTreeMap::from([(30_002, (mk_name("older"), 0)), (30_003, (mk_name("oldest"), 0))]);
         assert_eq!(ports, expected);
         let [same, young] = &problems[..] else { panic!("{problems:?}") };
@@ -381,7 +445,7 @@ mod tests {
              (RLIMIT_NOFILE) allows"
         );
         // Room again.
-        let (ports, problems) = assign_ports(&catalog, &node, 3);
+        let (ports, problems) = assigned(&catalog, 3);
         assert_eq!((ports.len(), problems.len()), (3, 1));
     }
 
