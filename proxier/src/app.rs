@@ -169,7 +169,7 @@ struct Agent<'a> {
     /// Whether it was still at that when it was asked last.
     underway: bool,
     retry: Option<Retry>,
-    /// What the last attempt could not apply, as told.
+    /// What could not be applied when it was last tried, as told.
     failures: Vec<Failure>,
     /// What is wrong and may be over in a moment: told of in an Event if it is not.
     passing: BTreeMap<Subject, Instant>,
@@ -335,31 +335,28 @@ impl<'a> Agent<'a> {
         };
         let triggered = mem::take(&mut self.triggered);
         if let Err(error) = self.sink.apply(snapshot) {
-            self.tellers.observed.apply_failed(start.elapsed(), &error);
-            match error.downcast_ref() {
-                // The others are in force.
-                Some(Incomplete { failures }) => {
-                    self.tellers.observed.health.applied_in_part();
-                    let failed = failures.iter().filter_map(|failure| failure.service.clone()).collect();
-                    let scope = mem::replace(&mut self.scope, Scope::none());
-                    self.tell_changes(self.without(&failed, scope));
-                }
-                None => {
+            let error = match error.downcast() {
+                Ok(Incomplete { failures }) => self.applied_but_for(failures),
+                Err(error) => {
                     self.scope = Scope::All;
                     self.touched = Scope::All;
+                    error
                 }
-            }
+            };
+            self.tellers.observed.apply_failed(start.elapsed(), &error);
             return Err(error);
         }
         let scope = mem::replace(&mut self.scope, Scope::none());
-        if scope == Scope::All {
-            self.failures.clear();
-            if self.retry.take().is_some() {
-                tracing::info!("applied now, after failures");
-            }
+        self.failures = self.unsolved(&scope, &[]);
+        if scope == Scope::All && self.retry.take().is_some() {
+            tracing::info!("applied now, after failures");
         }
         self.tell_changes(scope);
         if self.retry.is_some() {
+            if !self.sink.is_underway() {
+                self.tellers.observed.applied_beside_failures(start.elapsed());
+                self.programmed(triggered);
+            }
             return Ok(());
         }
         self.underway = self.sink.is_underway();
@@ -367,11 +364,36 @@ impl<'a> Agent<'a> {
             return Ok(());
         }
         self.tellers.observed.applied(start.elapsed());
+        self.programmed(triggered);
+        self.say_ready();
+        Ok(())
+    }
+
+    /// Notes that all within the scope is in force but for what has failed. Returns that, together with what failed before and
+    /// was not tried this time, as an error.
+    fn applied_but_for(&mut self, mut failures: Vec<Failure>) -> anyhow::Error {
+        self.tellers.observed.health.applied_in_part();
+        let failed = failures.iter().filter_map(|failure| failure.service.clone()).collect();
+        let scope = mem::replace(&mut self.scope, Scope::none());
+        failures.splice(..0, self.unsolved(&scope, &failures));
+        self.tell_changes(self.without(&failed, scope));
+        Incomplete { failures }.into()
+    }
+
+    /// What failed before about Services that an attempt with this scope leaves alone, and that has not failed again.
+    fn unsolved(&self, scope: &Scope, failures: &[Failure]) -> Vec<Failure> {
+        let Scope::Only(tried) = scope else { return Vec::new() };
+        let is_unsolved = |known: &&Failure| {
+            known.service.as_ref().is_some_and(|key| !tried.contains(key))
+                && failures.iter().all(|failure| failure.service != known.service)
+        };
+        self.failures.iter().filter(is_unsolved).cloned().collect()
+    }
+
+    fn programmed(&self, triggered: Vec<SystemTime>) {
         for happened in triggered {
             self.tellers.observed.programmed(happened);
         }
-        self.say_ready();
-        Ok(())
     }
 
     /// Says so once.
@@ -392,7 +414,7 @@ impl<'a> Agent<'a> {
     }
 
     /// `scope` without these Services.
-    fn without(&self, services: &BTreeSet<ObjectName>, scope: Scope) -> Scope {
+    fn without(&self, services: &BTreeSet<ServiceKey>, scope: Scope) -> Scope {
         let keys = match scope {
             Scope::Only(keys) => keys,
             Scope::All => {
@@ -400,7 +422,7 @@ impl<'a> Agent<'a> {
                 keys.cloned().collect()
             }
         };
-        Scope::Only(keys.into_iter().filter(|key| !services.contains(&key.service)).collect())
+        Scope::Only(keys.into_iter().filter(|key| !services.contains(key)).collect())
     }
 
     /// Says what within `scope` is in force now that was not, and notes it.
@@ -487,7 +509,8 @@ impl<'a> Agent<'a> {
         self.retry = Some(retry);
         let failures = match error.downcast_ref() {
             Some(Incomplete { failures }) => failures.clone(),
-            None => Vec::new(),
+            // Nothing is known to be solved.
+            None => self.failures.clone(),
         };
         if known.is_none_or(|known| known.at <= now)
             || failures.iter().any(|new| !self.failures.contains(new))
@@ -502,9 +525,10 @@ impl<'a> Agent<'a> {
         }
         for failure in failures.iter().filter(|failure| failure.is_full) {
             let told = self.failures.iter().any(|known| known.is_full && known.service == failure.service);
-            if let (Some(name), Some(events), false) = (&failure.service, &self.tellers.events, told) {
+            if let (Some(key), Some(events), false) = (&failure.service, &self.tellers.events, told) {
                 let node = &self.state.settings().node;
-                events.tell(notices::table_full(name, &failure.message, self.state.catalog(), node));
+                let notice = notices::table_full(&key.service, &failure.message, self.state.catalog(), node);
+                events.tell(notice);
             }
         }
         self.failures = failures;

@@ -6,9 +6,12 @@ use std::{
 };
 
 use super::*;
-use crate::model::{
-    NodeName, Object,
-    testing::{mk_endpoint, mk_name, mk_service, mk_slice},
+use crate::{
+    model::{
+        Family, NodeName, Object,
+        testing::{mk_endpoint, mk_name, mk_service, mk_slice},
+    },
+    observe::notices::{Notice, Reason},
 };
 
 /// Fails as often as it is told, and remembers when it was asked for what.
@@ -22,8 +25,8 @@ struct Recorded {
     applied: Vec<(u64, usize, bool)>,
     /// Names of the Services that it was to look at, each time; none for all.
     scopes: Vec<Option<BTreeSet<String>>>,
-    /// A Service that there is no room for.
-    too_large: Option<String>,
+    /// Services that there is no room for.
+    too_large: BTreeSet<&'static str>,
     ticks: usize,
     start: Option<Instant>,
     /// What a former agent left.
@@ -44,18 +47,15 @@ impl Sink for Recorder {
         };
         recorded.scopes.push(scope.clone());
         anyhow::ensure!(!fails, "no");
-        if let Some(name) = &recorded.too_large
-            && scope.is_none_or(|names| names.contains(name))
-        {
-            let failure = Failure {
-                subject: name.clone(),
-                service: Some(mk_name(name)),
-                is_full: true,
-                message: "is too large".to_owned(),
-            };
-            return Err(Incomplete { failures: vec![failure] }.into());
-        }
-        Ok(())
+        let is_tried = |name: &&&str| scope.as_ref().is_none_or(|names| names.contains(**name));
+        let failures = recorded.too_large.iter().filter(is_tried).map(|name| Failure {
+            subject: (*name).to_owned(),
+            service: Some(ServiceKey { service: mk_name(name), family: Family::V4 }),
+            is_full: true,
+            message: "is too large".to_owned(),
+        });
+        let failures: Vec<Failure> = failures.collect();
+        if failures.is_empty() { Ok(()) } else { Err(Incomplete { failures }.into()) }
     }
 
     fn in_force(&self) -> Desired {
@@ -187,7 +187,7 @@ async fn a_restarted_agent_tells_what_changed_while_none_ran_and_nothing_else() 
 async fn load_balancers_are_sent_here_once_a_part_is_in_force_and_not_by_an_attempt_that_failed_altogether() {
     let recorder = Recorder::default();
     recorder.0.lock().unwrap().failures = [true].into();
-    recorder.0.lock().unwrap().too_large = Some("greedy".to_owned());
+    recorder.0.lock().unwrap().too_large = ["greedy"].into();
     let tellers = tellers();
     let health = tellers.observed.health.clone();
     let (batches, receiver) = mpsc::channel(1);
@@ -355,7 +355,7 @@ async fn what_is_no_news_is_not_applied() {
 #[tokio::test(start_paused = true)]
 async fn beside_a_service_that_does_not_fit_others_change_as_ever_and_it_is_tried_when_that_is_due() {
     let recorder = Recorder::default();
-    recorder.0.lock().unwrap().too_large = Some("greedy".to_owned());
+    recorder.0.lock().unwrap().too_large = ["greedy"].into();
     let (log, _listening) = Log::listen();
     let tellers = tellers();
     let observed = tellers.observed.clone();
@@ -367,7 +367,7 @@ async fn beside_a_service_that_does_not_fit_others_change_as_ever_and_it_is_trie
         tokio::time::sleep(Duration::from_millis(500)).await;
         batches.send(web()).await.unwrap();
         tokio::time::sleep(Duration::from_secs(6)).await;
-        recorder.0.lock().unwrap().too_large = None;
+        recorder.0.lock().unwrap().too_large.clear();
         tokio::time::sleep(Duration::from_secs(2)).await;
         "test"
     };
@@ -381,4 +381,71 @@ async fn beside_a_service_that_does_not_fit_others_change_as_ever_and_it_is_trie
     assert_eq!(log.lines_with("Service programmed").len(), 1, "web is told of while the other is not there");
     assert_eq!(log.lines_with("Service without local pods").len(), 1, "the other when it is");
     assert!(observed.health.ready().passed());
+}
+
+fn notices(receiver: &mut mpsc::Receiver<Notice>, reason: Reason) -> Vec<String> {
+    let told = std::iter::from_fn(|| receiver.try_recv().ok());
+    told.filter(|notice| notice.reason == reason).map(|notice| notice.service.name.to_string()).collect()
+}
+
+/// What is in the way of some is told once, whatever changes meanwhile; and of those that change it is measured how long
+/// that takes, however long others do not fit.
+#[tokio::test(start_paused = true)]
+async fn while_services_do_not_fit_that_is_told_once_and_changes_of_others_are_measured_as_ever() {
+    let recorder = Recorder::default();
+    recorder.0.lock().unwrap().too_large = ["greedy", "huge"].into();
+    let (log, _listening) = Log::listen();
+    let observed = tellers().observed;
+    let (events, mut told) = Events::kept(&observed);
+    let tellers = Tellers { events: Some(events), ..Tellers::new(observed.clone()) };
+    let (batches, receiver) = mpsc::channel(1);
+    let mut sink = recorder.clone();
+    let count = |metric: &str| {
+        let text = observed.metrics.encode().unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(&format!("proxier_{metric} "))).unwrap();
+        line.parse::<u64>().unwrap()
+    };
+    let pause = || tokio::time::sleep(Duration::from_millis(100));
+    let shutdown = async {
+        let objects = [mk_service("greedy", ["10.0.0.98"]), mk_service("huge", ["10.0.0.99"])];
+        batches.send(batch(objects.map(Into::into))).await.unwrap();
+        pause().await;
+        assert_eq!(notices(&mut told, Reason::TableFull), ["greedy", "huge"]);
+
+        batches.send(batch([mk_service("greedy", ["10.0.0.97"]).into()])).await.unwrap();
+        pause().await;
+        let failure = observed.report().sync.failure.unwrap();
+        let both = "huge: is too large; greedy: is too large; everything else is in force";
+        assert_eq!((failure.attempts, &*failure.error), (2, both));
+
+        let triggered = vec![SystemTime::now()];
+        batches.send(Batch { triggered, ..web() }).await.unwrap();
+        pause().await;
+        assert_eq!(count("sync_proxy_rules_duration_seconds_count"), 3);
+        assert_eq!(count("network_programming_duration_seconds_count"), 1);
+        let failure = observed.report().sync.failure.unwrap();
+        assert_eq!((failure.attempts, &*failure.error), (2, both), "what is not in force is still told");
+        assert!(observed.report().sync.last_applied.is_none(), "the whole state is not in force");
+
+        // All of it is tried again after a second, and altogether fails after three.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        recorder.0.lock().unwrap().failures.push_back(true);
+        tokio::time::sleep(Duration::from_secs(6)).await;
+        recorder.0.lock().unwrap().too_large.remove("huge");
+        batches.send(batch([mk_service("huge", ["10.0.0.96"]).into()])).await.unwrap();
+        pause().await;
+        assert_eq!(notices(&mut told, Reason::TableFull), [""; 0]);
+
+        // One that fitted is told of again.
+        recorder.0.lock().unwrap().too_large.insert("huge");
+        batches.send(batch([mk_service("huge", ["10.0.0.95"]).into()])).await.unwrap();
+        pause().await;
+        assert_eq!(notices(&mut told, Reason::TableFull), ["huge"]);
+        "test"
+    };
+    Agent::new(&mut sink, settings(), tellers).run(receiver, Until::Signalled, shutdown).await.unwrap();
+    let only = |name: &str| Some(BTreeSet::from([name.to_owned()]));
+    let expected = [None, only("greedy"), only("web"), None, None, None, only("huge"), only("huge")];
+    assert_eq!(recorder.0.lock().unwrap().scopes, expected);
+    assert_eq!(log.lines_with("cannot apply the state").len(), 5);
 }

@@ -87,6 +87,13 @@ impl Events {
         Self { notices, observed: observed.clone() }
     }
 
+    /// Publishes nothing: what is told can be looked at.
+    #[cfg(test)]
+    pub(crate) fn kept(observed: &Observed) -> (Self, mpsc::Receiver<Notice>) {
+        let (notices, waiting) = mpsc::channel(WAITING);
+        (Self { notices, observed: observed.clone() }, waiting)
+    }
+
     /// Publishes a notice some time, or never: see above.
     pub fn tell(&self, notice: Notice) {
         if self.notices.try_send(notice).is_err() {

@@ -257,6 +257,11 @@ impl Metrics {
         self.last_sync.set(since_epoch(now));
     }
 
+    /// What has changed is in force, beside something that is not; that took so long.
+    pub fn applied_beside_failures(&self, took: Duration) {
+        self.sync_duration.observe(took.as_secs_f64());
+    }
+
     /// A part of the state, or all of it, could not be applied.
     pub fn apply_failed(&self, took: Duration) {
         self.sync_duration.observe(took.as_secs_f64());

@@ -113,6 +113,11 @@ impl Observed {
         };
     }
 
+    /// When the sink has applied what has changed, which took so long, while something else has still to be tried again.
+    pub fn applied_beside_failures(&self, took: Duration) {
+        self.metrics.applied_beside_failures(took);
+    }
+
     /// When the sink could not apply the state, or not all of it.
     pub fn apply_failed(&self, took: Duration, error: &anyhow::Error) {
         self.metrics.apply_failed(took);
@@ -126,7 +131,7 @@ impl Observed {
         });
     }
 
-    /// After [`Observed::applied`], for every EndpointSlice that has changed since the last time: `changed` is its annotation
+    /// After [`Observed::applied`] or [`Observed::applied_beside_failures`], for every EndpointSlice that has changed since the last time: `changed` is its annotation
     /// `endpoints.kubernetes.io/last-change-trigger-time`. What changed before the agent was started says how long none ran,
     /// and is left out.
     pub fn programmed(&self, changed: SystemTime) {

@@ -13,7 +13,7 @@ use thiserror::Error;
 
 use crate::{
     catalog::Catalog,
-    desired::{Desired, Scope},
+    desired::{Desired, Scope, ServiceKey},
     model::ObjectName,
 };
 
@@ -44,8 +44,9 @@ pub struct Incomplete {
 pub struct Failure {
     /// What it is about, for people.
     pub subject: String,
-    /// The Service that it is about, if it is about one.
-    pub service: Option<ObjectName>,
+    /// The Service that it is about, if it is about one. It may be left alone until the whole state is applied again, or the
+    /// Service changes.
+    pub service: Option<ServiceKey>,
     /// Whether there is no room for it.
     pub is_full: bool,
     /// What went wrong, and what to do about it.

@@ -388,4 +388,52 @@ proptest! {
         prop_assert_eq!(&rebuilt(&node.actual), &node.actual);
         prop_assert_eq!(node.actual.retirement(&VETHS), []);
     }
+    /// Source ranges that do not fit are tried again by plans about everything, whenever there is one, and by no other: those
+    /// are as right as ever all the same.
+    #[test]
+    fn beside_services_whose_ranges_do_not_fit_plans_about_what_has_changed_do(
+        states in prop::collection::vec((any_desired_with_pods_in(10..12), any::<[[bool; 4]; 2]>(), any::<[bool; 3]>()), 1..12),
+        room in 0..5_usize,
+    ) {
+        let mut node = Node::default();
+        let mut before = Desired::default();
+        let mut short: BTreeSet<ServiceKey> = BTreeSet::new();
+        for (after, [stay, pods_stay], [tidies, is_retry, restarts]) in &states {
+            let desired = &partly(&before, after, *stay, *pods_stay);
+            node.plans += 1;
+            let scope = if *is_retry { Scope::All } else { difference(&before, desired) };
+            let plan =
+                Plan { room_for_sources: room, ..Plan::new(desired, &node.actual, &scope, &VETHS) };
+            let tasks = if *tidies { plan.tasks() } else { plan.pressing() };
+            for task in tasks {
+                if let Some(key) = plan.service(*task) {
+                    short.remove(key);
+                    short.extend(plan.shortage(*task, &node.actual).map(|_| key.clone()));
+                }
+                node.carry_out(&plan, &[*task], || false);
+            }
+            if *tidies {
+                node.tidy_up(|| false);
+            }
+            if *restarts {
+                let read = rebuilt(&node.actual);
+                node.actual.correct(read);
+            }
+            short.retain(|key| desired.services.contains_key(key));
+            prop_assert!(node.actual.sources.len() <= room);
+            prop_assert_eq!(in_force(&node.actual), wanted(desired));
+            let said = node.actual.in_force().services;
+            for (key, service) in &desired.services {
+                if short.contains(key) {
+                    prop_assert!(service.sources.is_some(), "{:?} asks for no range", key);
+                } else {
+                    prop_assert_eq!(&said[key].sources, &service.sources, "{:?}", key);
+                }
+            }
+            before = desired.clone();
+        }
+        // With room for all.
+        carry_out(&before, &mut node.actual);
+        assert_says(&before, &node.actual);
+    }
 }

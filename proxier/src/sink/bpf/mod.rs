@@ -31,8 +31,8 @@ use self::{
 use super::{Attached, Condition, Failure, Incomplete, Sink, Snapshot};
 use crate::{
     delta::{Actual, Plan, Step},
-    desired::{Desired, Scope},
-    model::{Family, ObjectName},
+    desired::{Desired, Scope, ServiceKey},
+    model::Family,
 };
 
 mod attach;
@@ -111,7 +111,8 @@ pub struct BpfSink {
     actual: Actual,
     /// Whether a write has failed, so that they have to be read again.
     stale: bool,
-    /// Whether some Service may not be as it was last to be.
+    /// Whether some Service may not be as it was last to be, so that the next plan has to be about all of them. One whose
+    /// source ranges do not fit is what it can be until there is room: no other has to be looked at for its sake.
     incomplete: bool,
     /// When it was last tidied up; never before the first plan.
     tidied_at: Option<Instant>,
@@ -339,21 +340,23 @@ impl Sink for BpfSink {
             if let Some(shortage) = plan.shortage(*task, &self.actual) {
                 shortages.push(Failure {
                     subject: plan.subject(*task, &self.actual),
-                    service: plan.service(*task).map(|key| key.service.clone()),
+                    service: plan.service(*task).cloned(),
                     is_full: true,
                     message: shortage.to_string(),
                 });
             }
             if let Err(error) = self.execute(plan.steps(*task, &self.actual)) {
-                let service = plan.service(*task).map(|key| key.service.clone());
+                let service = plan.service(*task).cloned();
                 failures.push(Failure::of(plan.subject(*task, &self.actual), service, &error));
             }
         }
         // Also if some of it failed: the rest is in force, and what is withdrawn must end.
         self.detach_others();
-        self.incomplete = !(failures.is_empty() && shortages.is_empty());
-        // What is removed may make the room that was wanting.
-        let is_due = self.incomplete || self.tidied_at.is_none_or(|at| at.elapsed() >= BETWEEN_TIDYINGS);
+        self.incomplete = !failures.is_empty();
+        // What is removed may make the room that is wanting when all of it is tried again.
+        let makes_room = !shortages.is_empty() && *snapshot.scope == Scope::All;
+        let is_due =
+            self.incomplete || makes_room || self.tidied_at.is_none_or(|at| at.elapsed() >= BETWEEN_TIDYINGS);
         if is_due && let Err(error) = self.tidy_up() {
             self.incomplete = true;
             failures.push(Failure::of("what nothing leads to any more".to_owned(), None, &error));
@@ -412,7 +415,7 @@ fn not_forwarding() -> BTreeSet<Family> {
 }
 
 impl Failure {
-    fn of(subject: String, service: Option<ObjectName>, error: &anyhow::Error) -> Self {
+    fn of(subject: String, service: Option<ServiceKey>, error: &anyhow::Error) -> Self {
         let is_full = matches!(error.downcast_ref(), Some(TableError::Full { .. }));
         Self { subject, service, is_full, message: format!("{error:#}") }
     }
