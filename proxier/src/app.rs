@@ -24,7 +24,7 @@ use crate::{
         counts::Counts,
         events::Events,
         health::Beat,
-        notices,
+        notices::{self, Reason},
         observed::Observed,
         report::{self, Transition},
         service_health::{ServiceHealth, health_check_ports},
@@ -458,7 +458,11 @@ impl<'a> Agent<'a> {
         for subject in mem::take(&mut self.unreported) {
             let known = [&self.source_problems, &self.port_problems];
             let known = known.into_iter().filter_map(|problems| problems.get(&subject)).flatten();
-            let problems = known.chain(self.state.problems_of(&subject)).cloned();
+            let problems: Vec<Problem> = known.chain(self.state.problems_of(&subject)).cloned().collect();
+            if !problems.iter().any(|problem| Reason::Problem(problem.kind).may_pass()) {
+                // The next time counts from its own beginning.
+                self.passing.remove(&subject);
+            }
             let transitions = self.report.update(&subject, problems);
             report::log(&transitions, |subject| exists(catalog, subject));
             let Some(events) = &self.tellers.events else { continue };

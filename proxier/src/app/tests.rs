@@ -8,7 +8,7 @@ use std::{
 use super::*;
 use crate::{
     model::{
-        Family, NodeName, Object,
+        Family, NodeName, Object, ProblemKind,
         testing::{mk_endpoint, mk_name, mk_service, mk_slice},
     },
     observe::notices::{Notice, Reason},
@@ -448,4 +448,42 @@ async fn while_services_do_not_fit_that_is_told_once_and_changes_of_others_are_m
     let expected = [None, only("greedy"), only("web"), None, None, None, only("huge"), only("huge")];
     assert_eq!(recorder.0.lock().unwrap().scopes, expected);
     assert_eq!(log.lines_with("cannot apply the state").len(), 5);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_service_without_endpoints_is_told_of_when_it_has_been_so_for_ten_seconds_on_end() {
+    let observed = tellers().observed;
+    let (events, mut told) = Events::kept(&observed);
+    let tellers = Tellers { events: Some(events), ..Tellers::new(observed) };
+    let (batches, receiver) = mpsc::channel(1);
+    let mut sink = Recorder::default();
+    let slice = ObjectId::EndpointSlice(mk_name("web-1"));
+    let gone = || Batch { events: vec![Event::Delete(slice.clone())], ..Batch::default() };
+    let seconds = |seconds| tokio::time::sleep(Duration::from_secs(seconds));
+    let without = Reason::Problem(ProblemKind::NoEndpoints);
+    let shutdown = async {
+        // Slices come after their Service.
+        batches.send(batch([mk_service("web", ["10.0.0.55"]).into()])).await.unwrap();
+        seconds(4).await;
+        batches.send(web()).await.unwrap();
+        seconds(2).await;
+        batches.send(gone()).await.unwrap();
+        seconds(8).await;
+        assert_eq!(
+            notices(&mut told, without),
+            [""; 0],
+            "eight seconds on end, fourteen since the first time"
+        );
+        seconds(4).await;
+        assert_eq!(notices(&mut told, without), ["web"]);
+        seconds(60).await;
+        assert_eq!(notices(&mut told, without), [""; 0], "once");
+        batches.send(web()).await.unwrap();
+        seconds(60).await;
+        batches.send(gone()).await.unwrap();
+        seconds(12).await;
+        assert_eq!(notices(&mut told, without), ["web"], "once each time");
+        "test"
+    };
+    Agent::new(&mut sink, settings(), tellers).run(receiver, Until::Signalled, shutdown).await.unwrap();
 }
