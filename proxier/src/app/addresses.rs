@@ -6,6 +6,7 @@ use anyhow::Context as _;
 use nix::{
     ifaddrs::{InterfaceAddress, getifaddrs},
     net::if_::InterfaceFlags,
+    sys::socket::SockaddrStorage,
 };
 
 use crate::desired::LocalAddresses;
@@ -31,7 +32,8 @@ fn of_interfaces(interfaces: impl IntoIterator<Item = InterfaceAddress>) -> Loca
         if interface.interface_name == IPVS {
             continue;
         }
-        let Some(address) = interface_address(&interface) else { continue };
+        addresses.broadcasts.extend(interface.broadcast.as_ref().and_then(ip));
+        let Some(address) = interface.address.as_ref().and_then(ip) else { continue };
         // BGP speakers announce what they find on `lo`, so that is where people put an external address to attract its
         // traffic. Packets for it come in by an uplink, and there they are for the Service.
         let attracts = interface.flags.contains(InterfaceFlags::IFF_LOOPBACK) && !address.is_loopback();
@@ -41,31 +43,33 @@ fn of_interfaces(interfaces: impl IntoIterator<Item = InterfaceAddress>) -> Loca
     addresses
 }
 
-fn interface_address(interface: &InterfaceAddress) -> Option<IpAddr> {
-    let address = interface.address.as_ref()?;
+fn ip(address: &SockaddrStorage) -> Option<IpAddr> {
     let v4 = address.as_sockaddr_in().map(|v4| IpAddr::from(v4.ip()));
     v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::from(v6.ip())))
 }
 
 #[cfg(test)]
 mod tests {
-    use nix::sys::socket::{SockaddrIn, SockaddrIn6, SockaddrLike as _, SockaddrStorage};
+    use nix::sys::socket::{SockaddrIn, SockaddrIn6, SockaddrLike as _};
 
     use super::*;
 
-    fn interface(flags: InterfaceFlags, address: &str) -> InterfaceAddress {
+    fn storage(address: &str) -> Option<SockaddrStorage> {
         let storage = |address: &dyn nix::sys::socket::SockaddrLike| {
             // SAFETY: the pointer and the length are those of an address that lives until the end of the function.
             unsafe { SockaddrStorage::from_raw(address.as_ptr(), Some(address.len())) }
         };
-        let address = match address.parse().unwrap() {
+        match address.parse().unwrap() {
             std::net::SocketAddr::V4(v4) => storage(&SockaddrIn::from(v4)),
             std::net::SocketAddr::V6(v6) => storage(&SockaddrIn6::from(v6)),
-        };
+        }
+    }
+
+    fn interface(flags: InterfaceFlags, address: &str) -> InterfaceAddress {
         InterfaceAddress {
             interface_name: "any".to_owned(),
             flags,
-            address,
+            address: storage(address),
             netmask: None,
             broadcast: None,
             destination: None,
@@ -86,7 +90,8 @@ mod tests {
         ] {
             let interface = interface(flags, address);
             let expected = address.parse::<std::net::SocketAddr>().unwrap().ip();
-            let LocalAddresses { identities, attracting } = of_interfaces([interface]);
+            let LocalAddresses { identities, attracting, broadcasts } = of_interfaces([interface]);
+            assert_eq!(broadcasts, [].into());
             let (there, elsewhere) = if counts { (identities, attracting) } else { (attracting, identities) };
             assert_eq!(there, [expected].into(), "{address} with {flags:?}");
             assert_eq!(elsewhere, [].into(), "{address} with {flags:?}");
@@ -100,6 +105,20 @@ mod tests {
             ..interface(InterfaceFlags::IFF_BROADCAST, "10.0.0.55:0")
         };
         assert_eq!(of_interfaces([ipvs]), LocalAddresses::default());
+    }
+
+    #[test]
+    fn the_broadcast_address_of_an_interfaces_network_is_none_of_the_nodes_own_and_known() {
+        let interface = InterfaceAddress {
+            broadcast: storage("192.168.1.255:0"),
+            ..interface(InterfaceFlags::IFF_BROADCAST, "192.168.1.1:0")
+        };
+        let expected = |address: &str| [address.parse().unwrap()].into();
+        let LocalAddresses { identities, attracting, broadcasts } = of_interfaces([interface]);
+        assert_eq!(
+            (identities, attracting, broadcasts),
+            (expected("192.168.1.1"), [].into(), expected("192.168.1.255"))
+        );
     }
 
     #[test]

@@ -164,6 +164,19 @@ pub struct LocalAddresses {
     pub identities: BTreeSet<IpAddr>,
     /// Those that may be there to attract traffic alone: external addresses, or the node's as well.
     pub attracting: BTreeSet<IpAddr>,
+    /// Those that stand for all who are on one of its links: no Service may have them, and no packet comes from them.
+    pub broadcasts: BTreeSet<IpAddr>,
+}
+
+impl LocalAddresses {
+    const fn none() -> Self {
+        Self { identities: BTreeSet::new(), attracting: BTreeSet::new(), broadcasts: BTreeSet::new() }
+    }
+
+    /// Those that no Service may have.
+    fn kept(&self) -> BTreeSet<IpAddr> {
+        self.identities.union(&self.broadcasts).copied().collect()
+    }
 }
 
 /// What the command line says about it, and what is known about this node beside the objects.
@@ -204,7 +217,7 @@ impl Settings {
             every_node: false,
             no_backend: NoBackend::Drop,
             delivery: Delivery::Stack,
-            local_addresses: LocalAddresses { identities: BTreeSet::new(), attracting: BTreeSet::new() },
+            local_addresses: LocalAddresses::none(),
             node_clients: false,
             api_server_addresses: BTreeSet::new(),
             cluster_cidrs: Vec::new(),

@@ -113,11 +113,7 @@ impl State {
             return false;
         }
         let former = std::mem::replace(&mut self.settings.local_addresses, addresses);
-        let changed: Vec<_> = former
-            .identities
-            .symmetric_difference(&self.settings.local_addresses.identities)
-            .copied()
-            .collect();
+        let changed = &former.kept() ^ &self.settings.local_addresses.kept();
         self.stir(changed);
         self.due.node_addresses = true;
         true

@@ -140,6 +140,12 @@ impl Taken {
                 ),
             ));
         }
+        if settings.local_addresses.broadcasts.contains(&address) {
+            return Some(Refusal::new(
+                "is the broadcast address of a network that this node is in",
+                "write an address that routers can forward",
+            ));
+        }
         if settings.api_server_addresses.contains(&address) {
             return Some(Refusal::new(
                 "is an address of the API server, from which this node would be cut off",
@@ -223,13 +229,19 @@ pub(super) fn node_addresses(settings: &Settings) -> BTreeSet<IpAddr> {
     if !settings.node_clients {
         return BTreeSet::new();
     }
-    let LocalAddresses { identities, attracting } = &settings.local_addresses;
+    let LocalAddresses { identities, attracting, broadcasts: _ } = &settings.local_addresses;
     identities.union(attracting).copied().filter(|address| is_routable(*address)).collect()
 }
 
 /// Whether packets with this address leave the link that they are on.
 fn is_routable(address: IpAddr) -> bool {
-    never_external(address).is_none()
+    is_reserved(address) || never_external(address).is_none()
+}
+
+/// Whether it is of the former class E. Most routers and hosts do not forward that; networks of whose nodes all do use it for
+/// their own.
+fn is_reserved(address: IpAddr) -> bool {
+    matches!(address, IpAddr::V4(v4) if v4.octets()[0] >= 240 && v4 != Ipv4Addr::BROADCAST)
 }
 
 /// What an address is, if it can never be an external address, whatever the cluster.
@@ -239,6 +251,7 @@ fn never_external(address: IpAddr) -> Option<&'static str> {
         IpAddr::V4(v4) if v4.octets()[0] == 0 => "of the network 0.0.0.0/8, which stands for none",
         IpAddr::V4(v4) if v4.is_link_local() => "a link-local address",
         IpAddr::V6(v6) if v6.is_unicast_link_local() => "a link-local address",
+        _ if is_reserved(address) => "of the reserved network 240.0.0.0/4",
         // The maps keep IPv4 like this, so it would be that IPv4 address.
         IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some() => "an IPv4 address written as IPv6",
         _ if address.is_unspecified() => "the unspecified address",

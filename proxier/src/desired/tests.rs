@@ -213,11 +213,20 @@ fn the_annotation_says_what_stays_on_one_pod_unless_it_is_nonsense_or_contradict
 #[test]
 fn the_nodes_own_addresses_are_those_that_packets_leave_with_if_its_processes_are_clients() {
     let local_addresses = LocalAddresses {
-        identities: addresses(&["192.168.1.1", "fd00:1::1", "127.0.0.1", "::1", "fe80::1", "169.254.1.1"]),
+        identities: addresses(&[
+            "192.168.1.1",
+            "240.0.0.1",
+            "fd00:1::1",
+            "127.0.0.1",
+            "::1",
+            "fe80::1",
+            "169.254.1.1",
+        ]),
         attracting: addresses(&["10.0.0.55", "10.255.0.1"]),
+        broadcasts: addresses(&["192.168.1.255"]),
     };
     for (node_clients, expected) in
-        [(false, vec![]), (true, vec!["192.168.1.1", "fd00:1::1", "10.0.0.55", "10.255.0.1"])]
+        [(false, vec![]), (true, vec!["192.168.1.1", "240.0.0.1", "fd00:1::1", "10.0.0.55", "10.255.0.1"])]
     {
         let local_addresses = local_addresses.clone();
         let settings = Settings { local_addresses, node_clients, ..Settings::new(NodeName::new("node1")) };

@@ -128,6 +128,8 @@ fn an_address_that_is_no_destination_for_routers_is_never_taken() {
         "0.1.2.3",
         "::",
         "255.255.255.255",
+        "240.0.0.1",
+        "255.255.255.254",
         "::ffff:10.0.0.55",
     ] {
         let (desired, problems) = desired(vec![mk_service("web", [address]).into()], &settings());
@@ -170,6 +172,27 @@ fn an_address_of_this_nodes_interfaces_is_never_taken_even_if_no_node_object_say
         ]
     );
     assert_eq!(problems[0].severity, Severity::Warning);
+}
+
+#[test]
+fn the_broadcast_address_of_a_network_that_this_node_is_in_is_never_taken() {
+    let local_addresses = LocalAddresses {
+        broadcasts: BTreeSet::from(["192.168.1.255".parse().unwrap()]),
+        ..LocalAddresses::default()
+    };
+    let settings = Settings { local_addresses, ..settings() };
+    let (desired, problems) =
+        desired(vec![mk_service("web", ["192.168.1.255", "192.168.2.255"]).into()], &settings);
+    assert_eq!(owner_of(&desired, "192.168.1.255"), None);
+    assert_eq!(owner_of(&desired, "192.168.2.255").as_deref(), Some("web"), "an address like any other");
+    let texts: Vec<_> = problems.iter().map(ToString::to_string).collect();
+    assert_eq!(
+        texts,
+        [
+            "Service default/web: spec.externalIPs[0] \"192.168.1.255\" is the broadcast address of a network that this node \
+             is in: not taken; write an address that routers can forward"
+        ]
+    );
 }
 
 #[test]

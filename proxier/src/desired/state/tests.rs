@@ -365,8 +365,9 @@ fn any_step() -> impl Strategy<Value = Step> {
     prop_oneof![
         8 => any_object().prop_map(Step::Apply),
         3 => any_object().prop_map(|object| Step::Delete(object.id())),
-        1 => (some(), some())
-            .prop_map(|(identities, attracting)| Step::Local(LocalAddresses { identities, attracting })),
+        1 => (some(), some(), some()).prop_map(|(identities, attracting, broadcasts)| {
+            Step::Local(LocalAddresses { identities, attracting, broadcasts })
+        }),
         1 => some().prop_map(Step::ApiServer),
         4 => Just(Step::Refresh),
     ]

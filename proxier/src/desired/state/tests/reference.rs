@@ -52,6 +52,7 @@ pub(super) fn of(
 fn is_taken(address: IpAddr, objects: &BTreeMap<ObjectId, Object>, settings: &Settings) -> bool {
     address.is_loopback()
         || settings.local_addresses.identities.contains(&address)
+        || settings.local_addresses.broadcasts.contains(&address)
         || settings.api_server_addresses.contains(&address)
         || settings.cluster_cidrs.iter().any(|cidr| cidr.contains(&address))
         || objects.values().any(|object| match object {
