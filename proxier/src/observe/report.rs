@@ -18,8 +18,9 @@ pub struct Report(BTreeMap<Subject, Known>);
 /// What is known of one subject.
 #[derive(Debug, Default)]
 struct Known {
-    /// What has been told.
-    told: BTreeSet<Problem>,
+    /// What has been told, and how often: an item is the same wherever in its list it is, for the list moves up when the
+    /// one before it goes. Two items may be the same.
+    told: BTreeMap<Problem, usize>,
     /// How many have been said to be there beside those told.
     more: BTreeMap<Field, usize>,
     /// Whether it had problems that matter, told or not.
@@ -40,6 +41,11 @@ impl Field {
         let Problem { severity, subject, field, .. } = problem;
         Self { severity: *severity, subject: subject.clone(), path: without_indices(field) }
     }
+}
+
+/// The problem, wherever in its list the item is.
+fn wherever(problem: &Problem) -> Problem {
+    Problem { field: without_indices(&problem.field), ..problem.clone() }
 }
 
 /// `spec.ports[].port` for `spec.ports[3].port`. What else is in brackets (an annotation's name) stays.
@@ -71,7 +77,7 @@ impl Report {
         subject: &Subject,
         current: impl IntoIterator<Item = Problem>,
     ) -> Vec<Transition> {
-        let before = self.0.remove(subject).unwrap_or_default();
+        let mut before = self.0.remove(subject).unwrap_or_default();
         let mut fields: BTreeMap<Field, BTreeSet<Problem>> = BTreeMap::new();
         for problem in current {
             fields.entry(Field::of(&problem)).or_default().insert(problem);
@@ -85,13 +91,17 @@ impl Report {
             transitions.push(Transition::Solved(subject.clone()));
         }
         for (field, problems) in fields {
-            let (old, mut new): (Vec<_>, Vec<_>) =
-                problems.into_iter().partition(|problem| before.told.contains(problem));
+            let (old, mut new): (Vec<_>, Vec<_>) = problems.into_iter().partition(|problem| {
+                let left = before.told.get_mut(&wherever(problem)).filter(|left| **left > 0);
+                left.map(|left| *left -= 1).is_some()
+            });
             // Item 10 after item 9.
             new.sort_by(|a, b| (a.field.len(), a).cmp(&(b.field.len(), b)));
             let room = MAX_OF_FIELD.saturating_sub(old.len()).min(new.len());
             let rest = new.split_off(room).len();
-            known.told.extend(old.into_iter().chain(new.iter().cloned()));
+            for problem in old.iter().chain(&new) {
+                *known.told.entry(wherever(problem)).or_default() += 1;
+            }
             transitions.extend(new.into_iter().map(Transition::Appeared));
             if rest > 0 {
                 if before.more.get(&field) != Some(&rest) {
@@ -184,7 +194,7 @@ mod tests {
     fn bad_range(index: usize) -> Problem {
         let subject = Subject::File("a.yaml".into());
         Problem::new(Severity::Warning, subject, "is not a network", "write one")
-            .in_field(format!("spec.loadBalancerSourceRanges[{index}]"), "x")
+            .in_field(format!("spec.loadBalancerSourceRanges[{index}]"), format!("x{index}"))
     }
 
     /// The items told, and how many more are said to be there.
@@ -214,6 +224,22 @@ mod tests {
         assert_eq!(told(&update(&mut report, all().skip(2))), (next, vec![4_993]));
         assert_eq!(told(&update(&mut report, (2..6).map(bad_range))), (vec![], vec![]));
         assert_eq!(update(&mut report, []), [Transition::Solved(bad_range(0).subject)]);
+    }
+
+    #[test]
+    fn an_item_that_moves_up_in_its_list_is_no_news_and_a_second_one_like_it_is() {
+        let mut report = Report::default();
+        let of = |index: usize, value: &str| {
+            let field = format!("spec.externalIPs[{index}]");
+            problem("a.yaml", "is not an IP address", Severity::Warning).in_field(field, value)
+        };
+        update(&mut report, [of(0, "x"), of(1, "y"), of(2, "y")]);
+        assert_eq!(update(&mut report, [of(0, "y"), of(1, "y")]), []);
+        assert_eq!(update(&mut report, [of(0, "y")]), []);
+        let again = of(1, "y");
+        assert_eq!(update(&mut report, [of(0, "y"), again.clone()]), [Transition::Appeared(again)]);
+        let other = of(0, "z");
+        assert_eq!(update(&mut report, [other.clone(), of(1, "y")]), [Transition::Appeared(other)]);
     }
 
     #[test]
