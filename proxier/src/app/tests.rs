@@ -383,8 +383,8 @@ async fn beside_a_service_that_does_not_fit_others_change_as_ever_and_it_is_trie
     assert!(observed.health.ready().passed());
 }
 
-fn notices(receiver: &mut mpsc::Receiver<Notice>, reason: Reason) -> Vec<String> {
-    let told = std::iter::from_fn(|| receiver.try_recv().ok());
+fn notices<T>(receiver: &mut mpsc::Receiver<(Notice, T)>, reason: Reason) -> Vec<String> {
+    let told = std::iter::from_fn(|| Some(receiver.try_recv().ok()?.0));
     told.filter(|notice| notice.reason == reason).map(|notice| notice.service.name.to_string()).collect()
 }
 

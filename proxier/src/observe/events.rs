@@ -67,7 +67,8 @@ const FAILED: &str = "failed";
 /// Takes notices to be published.
 #[derive(Clone, Debug)]
 pub struct Events {
-    notices: mpsc::Sender<Notice>,
+    /// Each with when it was told.
+    notices: mpsc::Sender<(Notice, Timestamp)>,
     observed: Observed,
 }
 
@@ -89,14 +90,14 @@ impl Events {
 
     /// Publishes nothing: what is told can be looked at.
     #[cfg(test)]
-    pub(crate) fn kept(observed: &Observed) -> (Self, mpsc::Receiver<Notice>) {
+    pub(crate) fn kept(observed: &Observed) -> (Self, mpsc::Receiver<(Notice, Timestamp)>) {
         let (notices, waiting) = mpsc::channel(WAITING);
         (Self { notices, observed: observed.clone() }, waiting)
     }
 
     /// Publishes a notice some time, or never: see above.
     pub fn tell(&self, notice: Notice) {
-        if self.notices.try_send(notice).is_err() {
+        if self.notices.try_send((notice, Timestamp::now())).is_err() {
             self.observed.event_dropped(LIMITED);
         }
     }
@@ -139,10 +140,10 @@ struct Publisher {
 }
 
 impl Publisher {
-    async fn run(mut self, mut waiting: mpsc::Receiver<Notice>) {
-        while let Some(notice) = waiting.recv().await {
+    async fn run(mut self, mut waiting: mpsc::Receiver<(Notice, Timestamp)>) {
+        while let Some((notice, happened)) = waiting.recv().await {
             if self.limits.allow(&notice.service) {
-                self.publish(&notice).await;
+                self.publish(&notice, happened).await;
             } else {
                 tracing::debug!(service = %notice.service, "one Event too many: {}", notice.note);
                 self.observed.event_dropped(LIMITED);
@@ -150,13 +151,18 @@ impl Publisher {
         }
     }
 
-    async fn publish(&mut self, notice: &Notice) {
+    async fn publish(&mut self, notice: &Notice, happened: Timestamp) {
         let events: Api<Event> = Api::namespaced(self.client.clone(), &notice.service.namespace);
-        let event = event(notice, &self.node, Timestamp::now());
+        let event = event(notice, &self.node, happened, Timestamp::now());
         match events.create(&PostParams::default(), &event).await {
             Ok(_) => {
                 self.failing = false;
                 self.observed.event_published(notice.reason.name());
+            }
+            // Its Services go with it.
+            Err(error) if is_ending(&error) => {
+                tracing::debug!(service = %notice.service, "no Event in a namespace that ends: {}", notice.note);
+                self.observed.event_dropped(FAILED);
             }
             Err(error) => {
                 if !std::mem::replace(&mut self.failing, true) {
@@ -173,7 +179,14 @@ impl Publisher {
     }
 }
 
-fn event(notice: &Notice, node: &NodeName, now: Timestamp) -> Event {
+/// Whether the API server takes nothing new in the namespace, as it is about to end: a 403 that no right would mend.
+fn is_ending(error: &kube::Error) -> bool {
+    let kube::Error::Api(status) = error else { return false };
+    let causes = status.details.iter().flat_map(|details| &details.causes);
+    causes.into_iter().any(|cause| cause.reason == "NamespaceTerminating")
+}
+
+fn event(notice: &Notice, node: &NodeName, happened: Timestamp, now: Timestamp) -> Event {
     let ObjectName { namespace, name } = &notice.service;
     let mut note = notice.note.clone();
     if note.len() > MAX_NOTE {
@@ -187,7 +200,7 @@ fn event(notice: &Notice, node: &NodeName, now: Timestamp) -> Event {
             name: Some(format!("{name}.{:x}", now.as_nanosecond())),
             ..ObjectMeta::default()
         },
-        event_time: Some(MicroTime(now)),
+        event_time: Some(MicroTime(happened)),
         reporting_controller: Some(CONTROLLER.to_owned()),
         reporting_instance: Some(node.to_string()),
         action: Some(notice.reason.action().to_owned()),
@@ -228,7 +241,10 @@ mod tests {
 
     #[test]
     fn an_event_regards_the_service_and_names_the_node() {
-        let event = event(&notice("hello"), &NodeName::new("node1"), Timestamp::UNIX_EPOCH);
+        let (happened, now) = (Timestamp::UNIX_EPOCH, Timestamp::from_second(7).unwrap());
+        let event = event(&notice("hello"), &NodeName::new("node1"), happened, now);
+        assert_eq!(event.event_time, Some(MicroTime(happened)), "not when it was its turn");
+        assert_eq!(event.metadata.name.as_deref(), Some("web.1a13b8600"));
         let regarding = event.regarding.unwrap();
         assert_eq!(
             (regarding.kind.as_deref(), regarding.name.as_deref(), regarding.uid.as_deref()),
@@ -249,9 +265,49 @@ mod tests {
         assert_eq!(words(&kube::Error::Api(Box::new(refusal))), "events.events.k8s.io is forbidden");
     }
 
+    /// Answers every request so.
+    fn refusing(details: serde_json::Value) -> Client {
+        let status = serde_json::json!({
+            "kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 403, "reason": "Forbidden",
+            "message": "events.events.k8s.io is forbidden", "details": details,
+        });
+        let answer = move |_: http::Request<kube::client::Body>| {
+            let body = kube::client::Body::from(serde_json::to_vec(&status).unwrap());
+            std::future::ready(http::Response::builder().status(403).body(body))
+        };
+        Client::new(tower::service_fn(answer), "default")
+    }
+
+    #[tokio::test]
+    async fn a_namespace_that_is_about_to_end_is_no_reason_to_look_for_a_missing_right() {
+        let node = NodeName::new("node1");
+        let observed = Observed::new(&node, "kube", None);
+        for (details, warns) in [
+            (
+                serde_json::json!({"causes": [{"reason": "NamespaceTerminating", "field": "metadata.namespace"}]}),
+                false,
+            ),
+            (serde_json::json!({"causes": [{"reason": "Other"}]}), true),
+            (serde_json::json!(null), true),
+        ] {
+            let mut publisher = Publisher {
+                client: refusing(details.clone()),
+                node: node.clone(),
+                limits: Limits::new(),
+                observed: observed.clone(),
+                failing: false,
+            };
+            publisher.publish(&notice("hello"), Timestamp::UNIX_EPOCH).await;
+            assert_eq!(publisher.failing, warns, "{details}");
+        }
+        let dropped = "proxier_events_dropped_total{why=\"failed\"} 3\n";
+        assert!(observed.metrics.encode().unwrap().contains(dropped));
+    }
+
     #[test]
     fn a_note_is_cut_at_the_api_servers_limit_and_between_characters() {
-        let event = event(&notice(&"ü".repeat(1000)), &NodeName::new("node1"), Timestamp::UNIX_EPOCH);
+        let epoch = Timestamp::UNIX_EPOCH;
+        let event = event(&notice(&"ü".repeat(1000)), &NodeName::new("node1"), epoch, epoch);
         let note = event.note.unwrap();
         assert!(note.len() <= MAX_NOTE && note.ends_with("ü…"), "{} bytes", note.len());
     }
