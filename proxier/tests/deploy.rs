@@ -16,6 +16,7 @@ use std::{
 };
 
 use k8s_openapi::api::{
+    admissionregistration::v1::{ValidatingAdmissionPolicy, ValidatingAdmissionPolicyBinding},
     apps::v1::DaemonSet,
     core::v1::{ConfigMap, Container, Namespace, Probe, ResourceQuota, ServiceAccount},
     rbac::v1::{ClusterRole, ClusterRoleBinding},
@@ -99,6 +100,24 @@ fn every_field_is_one_that_kubernetes_knows() {
             assert_eq!(read, object, "{path}");
         }
     }
+}
+
+#[test]
+fn every_field_of_the_admission_policy_is_one_that_kubernetes_knows_and_its_binding_binds_it() {
+    let text = fs::read_to_string(deploy().join("admission-policy.yaml")).unwrap();
+    let [policy, binding] = &documents(&text)[..] else { panic!("a policy and its binding") };
+    assert_eq!(&as_kubernetes_reads::<ValidatingAdmissionPolicy>(policy), policy);
+    assert_eq!(&as_kubernetes_reads::<ValidatingAdmissionPolicyBinding>(binding), binding);
+    assert_eq!(
+        (&policy["kind"], &binding["kind"]),
+        (&json!("ValidatingAdmissionPolicy"), &json!("ValidatingAdmissionPolicyBinding"))
+    );
+    assert_eq!(binding["spec"]["policyName"], policy["metadata"]["name"]);
+    // Whom it is about are those whom the agent serves as it is installed.
+    let variables = policy["spec"]["variables"].as_array().unwrap();
+    let proxy_name = variables.iter().find(|variable| variable["name"] == "proxyName").unwrap();
+    let served = &variables_of("base")["PROXIER_SERVICE_PROXY_NAME"];
+    assert_eq!(proxy_name["expression"], json!(format!("'{served}'")));
 }
 
 #[test]
