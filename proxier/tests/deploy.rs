@@ -281,7 +281,19 @@ fn metrics_are_scraped_where_they_are_served_and_from_outside_only_if_chosen() {
     let monitor: Value = of_kind("overlays/pod-monitor", "PodMonitor");
     assert_eq!(monitor["spec"]["podMetricsEndpoints"][0]["port"], "metrics");
     let (set, _) = agent_of("overlays/pod-monitor");
-    assert_eq!(monitor["spec"]["selector"], json!(set.spec.unwrap().selector));
+    let name = set.metadata.name.unwrap();
+    let namespace = set.metadata.namespace.unwrap();
+    let spec = set.spec.unwrap();
+    assert_eq!(monitor["spec"]["selector"], json!(spec.selector));
+    // The documented alert finds the job that this makes, and the DaemonSet.
+    let labels = spec.template.metadata.unwrap().labels.unwrap();
+    let job = &labels[monitor["spec"]["jobLabel"].as_str().unwrap()];
+    let alerts = fs::read_to_string(deploy().join("../docs/OBSERVING.md")).unwrap();
+    let absent = format!(
+        "up{{job=\"{job}\"}} == 0 or \
+         kube_daemonset_status_number_unavailable{{namespace=\"{namespace}\",daemonset=\"{name}\"}} > 0\n"
+    );
+    assert!(alerts.contains(&absent), "{absent}");
     assert_eq!(
         port_of(&variables_of("base")[METRICS_ADDRESS]),
         port_of(&variables_of("overlays/metrics")[METRICS_ADDRESS])
