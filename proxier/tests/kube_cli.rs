@@ -200,7 +200,7 @@ fn a_server_without_endpoint_slices_is_told_apart_from_one_without_them_yet() {
         },
         &[
             "refuses with 404: 404 page not found; this server has no endpointslices",
-            "Kubernetes 1.21 or later",
+            "the API server must be of Kubernetes 1.33 or newer",
         ],
         |lab| lab.server.heal(),
     );

@@ -143,7 +143,7 @@ fn status(status: &Status, resource: &str) -> Failure {
         ),
         404 => {
             format!(
-                "this server has no {resource}: check the address; the API server must be of Kubernetes 1.21 or later"
+                "this server has no {resource}: check the address; the API server must be of Kubernetes 1.33 or newer"
             )
         }
         410 => "everything is listed again".to_owned(),
