@@ -398,19 +398,54 @@ fn a_pod_that_cannot_be_reached_directly_is_delivered_to_by_the_stack_and_it_is_
         scenario.wait_for_pod(client, external, DIRECT);
     }
     let metrics = http::get(&scenario.lab.node.namespace, METRICS.parse().unwrap(), "/metrics").unwrap();
-    assert!(metrics.body.contains("proxier_direct_delivery_pods{by=\"stack\"} 2\n"), "{}", metrics.body);
+    assert!(metrics.body.contains("proxier_direct_delivery_addresses{by=\"stack\"} 2\n"), "{}", metrics.body);
     let told = |log: &str| log.matches("leads to pod1, which is an uplink").count();
     scenario.agent().wait_for_log(EDIT_TAKES_EFFECT_WITHIN, |log| told(log) > 0).unwrap();
     std::thread::sleep(Duration::from_secs(3));
     assert_eq!(told(&scenario.agent().log()), 1, "once, for both addresses");
     let status = scenario.on_node(scenario.spec.binary.to_str().unwrap(), &["status"]);
-    assert!(status.contains("Direct:      0 pods, 2 by the stack though they ask for it\n"), "{status}");
+    let heading = "Direct:      0 of 2 addresses of pods whose Services ask for it\n";
+    let line = format!("  11.0.2.2 (lab/{SERVICE}): its route leads to pod1, which is an uplink: ");
+    assert!(status.contains(heading) && status.contains(&line), "{status}");
+    let log = scenario.agent().log();
+    let line = log.lines().find(|line| line.contains("leads to pod1, which is an uplink")).unwrap();
+    let named = format!("services=\"lab/{SERVICE}\" pods=\"11.0.2.2, 1100:");
+    assert!(line.contains(" WARN ") && line.contains(&named), "{line}");
+}
 
-    scenario.lab.node.namespace.sysctl("net.ipv6.conf.all.forwarding", "0").unwrap();
-    // The next change is when it is looked at.
-    scenario.write_pods(&scenario.pod(BESIDE));
+#[test]
+fn what_the_node_lacks_is_told_in_one_line_and_no_pod_is_called_reached_meanwhile() {
+    skip_unless_root!();
+    const FORWARDING: &str = "net.ipv6.conf.all.forwarding";
+    let mut scenario = Scenario::prepare(&LabSpec::unique(), &["--delivery", "direct"]);
+    scenario.spec.uplink = "late0".to_owned();
+    scenario.write_pods(&scenario.pod(DIRECT));
+    scenario.lab.node.namespace.sysctl(FORWARDING, "0").unwrap();
+    scenario.start_agent();
+    let reasons = wait_for_by_stack(&scenario, 2);
+    assert!(reasons.iter().all(|reason| reason.starts_with("the node has no uplink")), "{reasons:?}");
+    scenario.lab.node.namespace.ip("link add late0 type veth peer name late1\nlink set late0 up\n").unwrap();
     let reasons = wait_for_by_stack(&scenario, 1);
-    assert!(reasons[0].contains("sysctl -w net.ipv6.conf.all.forwarding=1"), "{reasons:?}");
+    assert!(reasons[0].contains(&format!("sysctl -w {FORWARDING}=1")), "{reasons:?}");
+    scenario.lab.node.namespace.sysctl(FORWARDING, "1").unwrap();
+    assert_eq!(wait_for_by_stack(&scenario, 0), [""; 0], "without a change of any object");
+    scenario.lab.node.namespace.sysctl(FORWARDING, "0").unwrap();
+    let reasons = wait_for_by_stack(&scenario, 1);
+    assert!(reasons[0].contains(&format!("sysctl -w {FORWARDING}=1")), "{reasons:?}");
+    // In which each pod would have a line as well.
+    std::thread::sleep(Duration::from_secs(3));
+    let log = scenario.agent().log();
+    for (line, times) in [
+        ("--delivery direct: packets from outside for every Service go past this node's stack", 1),
+        ("annotation proxier.io/delivery: stack", 1),
+        ("no uplink: packets from outside are not rewritten", 1),
+        (&*format!("{FORWARDING} is 0: "), 2),
+        (&*format!("{FORWARDING} is not 0 any more"), 1),
+        ("through the node's stack", 0),
+        ("reached directly now", 0),
+    ] {
+        assert_eq!(log.matches(line).count(), times, "{line}: {log}");
+    }
 }
 
 #[test]

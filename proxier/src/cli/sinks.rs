@@ -324,6 +324,12 @@ async fn to_bpf(arguments: ToBpfArgs, beginning: Beginning) -> anyhow::Result<()
         None => None,
     };
     let bpf = BpfSink::open(options)?;
+    if delivery == Delivery::Direct {
+        tracing::info!(
+            "--delivery direct: packets from outside for every Service go past this node's stack, and so past its firewall and \
+             the NetworkPolicy that it enforces; a Service opts out with the annotation proxier.io/delivery: stack"
+        );
+    }
     let mut sink: Box<dyn Sink> = match api {
         Some(api) => Box::new(WithApi { sink: bpf, api }),
         None => Box::new(bpf),

@@ -1,11 +1,15 @@
 //! What the map `pods` says of a pod: which external addresses lead to it, and by which of the node's links it is reached
 //! past the node's stack. Pure.
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
 use proxier_common::{Address, POD_HAS_PEER, PodKey, PodValue, SERVICE_BALANCE_FLOW, SERVICE_DIRECT};
 
-use super::{Actual, Step};
+use super::{Actual, Step, decode_name};
+use crate::model::ObjectName;
 
 /// The node's link by which a pod is reached past the node's stack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,6 +122,13 @@ impl Actual {
     /// Pods of the Services in force that are delivered directly.
     pub fn direct_pods(&self) -> impl Iterator<Item = Address> {
         self.direct_services().flat_map(|id| self.members_of(id)).map(|(pod, _)| pod)
+    }
+
+    /// The Services for whose sake a pod is one of [`Actual::direct_pods`].
+    #[must_use]
+    pub fn direct_services_of(&self, pod: Address) -> BTreeSet<ObjectName> {
+        let direct = self.services_of(pod).filter(|id| self.is_direct(*id));
+        direct.filter_map(|id| Some(decode_name(self.names.get(&id)?)?.service)).collect()
     }
 
     /// Pods for which the programs have to be at their links: those of [`Actual::direct_pods`], and those that were reached

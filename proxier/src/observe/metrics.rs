@@ -61,7 +61,7 @@ pub struct Metrics {
     events_published: Family<Labels<1>, Counter>,
     events_dropped: Family<Labels<1>, Counter>,
     interfaces: Family<Labels<1>, Gauge>,
-    direct_pods: Family<Labels<1>, Gauge>,
+    direct_addresses: Family<Labels<1>, Gauge>,
     api_clients: Gauge,
     api_batches: Counter,
     api_steps: Family<Labels<1>, Counter>,
@@ -94,7 +94,7 @@ impl Metrics {
             events_published: Family::default(),
             events_dropped: Family::default(),
             interfaces: Family::default(),
-            direct_pods: Family::default(),
+            direct_addresses: Family::default(),
             api_clients: Gauge::default(),
             api_batches: Counter::default(),
             api_steps: Family::default(),
@@ -211,10 +211,10 @@ impl Metrics {
             self.interfaces.clone(),
         );
         registry.register(
-            "direct_delivery_pods",
-            "Addresses of pods here whose Services ask for direct delivery, by what delivers to them: those that are reached so \
-             (direct), and the others (stack)",
-            self.direct_pods.clone(),
+            "direct_delivery_addresses",
+            "Addresses of pods here whose Services ask for direct delivery: those that are reached so (direct), and those left to \
+             the node's stack (stack)",
+            self.direct_addresses.clone(),
         );
         registry.register("api_clients", "Clients that follow the API", self.api_clients.clone());
         registry.register(
@@ -366,9 +366,9 @@ impl Metrics {
     }
 
     /// So many pods are reached past the node's stack, and so many are not, though they are to be.
-    pub fn direct_pods(&self, reached: usize, by_stack: usize) {
-        self.direct_pods.get_or_create(&[("by", "direct")]).set(gauge(reached));
-        self.direct_pods.get_or_create(&[("by", "stack")]).set(gauge(by_stack));
+    pub fn direct_addresses(&self, reached: usize, by_stack: usize) {
+        self.direct_addresses.get_or_create(&[("by", "direct")]).set(gauge(reached));
+        self.direct_addresses.get_or_create(&[("by", "stack")]).set(gauge(by_stack));
     }
 }
 
@@ -488,7 +488,7 @@ mod tests {
         metrics.event_published("Programmed");
         metrics.event_dropped("rate-limited");
         metrics.attached(2, 7);
-        metrics.direct_pods(3, 1);
+        metrics.direct_addresses(3, 1);
         metrics.ran("ok", Duration::from_millis(5));
         metrics.ran("timeout", Duration::from_secs(10));
         metrics
@@ -526,8 +526,8 @@ mod tests {
                 "proxier_events_dropped_total{why=\"rate-limited\"} 1",
                 "proxier_attached_interfaces{role=\"uplink\"} 2",
                 "proxier_attached_interfaces{role=\"pod-link\"} 7",
-                "proxier_direct_delivery_pods{by=\"direct\"} 3",
-                "proxier_direct_delivery_pods{by=\"stack\"} 1",
+                "proxier_direct_delivery_addresses{by=\"direct\"} 3",
+                "proxier_direct_delivery_addresses{by=\"stack\"} 1",
                 "proxier_exec_runs_total{result=\"ok\"} 1",
                 "proxier_exec_run_duration_seconds_bucket{le=\"0.004\",result=\"ok\"} 0",
                 "proxier_exec_run_duration_seconds_bucket{le=\"0.008\",result=\"ok\"} 1",

@@ -183,11 +183,14 @@ impl Observed {
         self.status().interfaces = interfaces;
     }
 
-    /// Whenever the sink has looked how the pods of Services that ask for direct delivery are reached.
+    /// Whenever the sink has looked how the addresses of pods are reached whose Services ask for direct delivery.
     pub fn direct(&self, direct: DirectDelivery) {
         let DirectDelivery { reached, by_stack } = direct;
-        self.metrics.direct_pods(reached, by_stack.len());
-        let by_stack = by_stack.into_iter().map(|ByStack { pod, reason }| StackReport { pod, reason });
+        self.metrics.direct_addresses(reached, by_stack.len());
+        let by_stack = by_stack.into_iter().map(|ByStack { pod, services, reason }| {
+            let services = services.iter().map(ToString::to_string).collect();
+            StackReport { pod, services, reason }
+        });
         self.status().direct = DirectReport { reached, by_stack: by_stack.collect() };
     }
 
@@ -444,12 +447,11 @@ mod tests {
         assert_eq!(observed.report().direct, DirectReport::default());
         let pod = "11.0.2.2".parse().unwrap();
         let reason = "no route leads to it".to_owned();
-        observed
-            .direct(DirectDelivery { reached: 4, by_stack: vec![ByStack { pod, reason: reason.clone() }] });
-        assert_eq!(
-            observed.report().direct,
-            DirectReport { reached: 4, by_stack: vec![StackReport { pod, reason }] }
-        );
+        let services = vec![crate::model::ObjectName::new("default", "web")];
+        let by_stack = vec![ByStack { pod, services, reason: reason.clone() }];
+        observed.direct(DirectDelivery { reached: 4, by_stack });
+        let by_stack = vec![StackReport { pod, services: vec!["default/web".to_owned()], reason }];
+        assert_eq!(observed.report().direct, DirectReport { reached: 4, by_stack });
         let text = observed.metrics.encode().unwrap();
         assert!(text.contains("proxier_attached_interfaces{role=\"uplink\"} 1\n"), "{text}");
         observed.pins(false);

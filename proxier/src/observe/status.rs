@@ -20,8 +20,10 @@ use super::{counts::Counts, table::Output};
 
 /// Problems that are told one by one.
 pub const MAX_PROBLEMS: usize = 10;
-/// Pods that are not reached directly, and are told one by one at a terminal.
+/// Addresses that are not reached directly, and are told one by one at a terminal.
 const MAX_BY_STACK: usize = 3;
+/// Services of each of these.
+const MAX_SERVICES_OF_ADDRESS: usize = 3;
 /// How long the agent may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// More than any report has: several hundred interfaces.
@@ -53,7 +55,7 @@ pub struct StatusReport {
     pub counts: Counts,
     /// What carries the programs.
     pub interfaces: Vec<Interface>,
-    /// How the pods of Services that ask for direct delivery are reached.
+    /// How the addresses of pods are reached whose Services ask for direct delivery.
     #[serde(default)]
     pub direct: DirectReport,
     /// What is wrong with objects or files.
@@ -154,21 +156,24 @@ pub enum InterfaceRole {
     PodLink,
 }
 
-/// How the pods of Services that ask for direct delivery are reached. Empty if no Service does.
+/// How the addresses of pods are reached whose Services ask for direct delivery. Empty if no Service does.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct DirectReport {
-    /// How many of their addresses past the node's stack.
+    /// How many past the node's stack.
     pub reached: usize,
     /// The others.
     pub by_stack: Vec<StackReport>,
 }
 
-/// A pod to which the stack delivers all the same.
+/// An address of a pod that is left to the stack all the same.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StackReport {
-    /// Its address.
+    /// The address.
     pub pod: IpAddr,
+    /// The Services that ask for more, as `namespace/name`.
+    #[serde(default)]
+    pub services: Vec<String>,
     /// Why, and what to do about it.
     pub reason: String,
 }
@@ -365,12 +370,18 @@ fn write_for_people(text: &mut String, report: &StatusReport, wide: bool) -> std
     if reached + by_stack.len() > 0 {
         writeln!(
             text,
-            "Direct:      {reached} pods, {} by the stack though they ask for it",
-            by_stack.len()
+            "Direct:      {reached} of {} addresses of pods whose Services ask for it",
+            reached + by_stack.len()
         )?;
         let shown = if wide { by_stack.len() } else { MAX_BY_STACK };
-        for StackReport { pod, reason } in by_stack.iter().take(shown) {
-            writeln!(text, "  {pod}: {reason}")?;
+        for StackReport { pod, services, reason } in by_stack.iter().take(shown) {
+            let named = if wide { services.len() } else { MAX_SERVICES_OF_ADDRESS };
+            let mut names = services.iter().take(named).map(String::as_str).collect::<Vec<_>>().join(", ");
+            if services.len() > named {
+                let _ = write!(names, " and {} more", services.len() - named);
+            }
+            let of = if names.is_empty() { names } else { format!(" ({names})") };
+            writeln!(text, "  {pod}{of}: {reason}")?;
         }
         if by_stack.len() > shown {
             writeln!(text, "  ... and {} more: see -o wide", by_stack.len() - shown)?;

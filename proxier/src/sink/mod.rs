@@ -65,11 +65,11 @@ pub struct Condition {
     pub interfaces: Vec<Attached>,
     /// Whether the tables that it writes are those that are pinned.
     pub pinned: bool,
-    /// How pods of Services that are delivered directly are reached.
+    /// How the addresses of pods are reached whose Services ask for direct delivery.
     pub direct: DirectDelivery,
 }
 
-/// How pods of Services that are delivered directly are reached. Empty if there are none.
+/// How the addresses of pods are reached whose Services ask for direct delivery. Empty if there are none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DirectDelivery {
     /// How many directly.
@@ -78,11 +78,13 @@ pub struct DirectDelivery {
     pub by_stack: Vec<ByStack>,
 }
 
-/// A pod to which the node's stack delivers, though its Service asks for direct delivery.
+/// An address of a pod that is left to the node's stack, though a Service asks for direct delivery.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ByStack {
-    /// Its address.
+    /// The address.
     pub pod: IpAddr,
+    /// The Services that ask.
+    pub services: Vec<ObjectName>,
     /// Why, and what to do about it.
     pub reason: String,
 }

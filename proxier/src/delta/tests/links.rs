@@ -71,6 +71,22 @@ fn a_pod_of_a_direct_service_has_its_link_before_an_address_leads_to_it() {
 }
 
 #[test]
+fn of_a_pods_services_those_are_named_that_ask_for_direct_delivery() {
+    let state = desired([
+        (key("a", Family::V4), direct(service(&["10.0.0.1"], &["11.0.0.1", "11.0.0.2"]))),
+        (key("b", Family::V4), service(&["10.0.0.2"], &["11.0.0.1", "11.0.0.3"])),
+        (key("c", Family::V4), direct(service(&["10.0.0.3"], &["11.0.0.1"]))),
+    ]);
+    let mut actual = Actual::default();
+    carry_out(&state, &mut actual);
+    let named = |pod: &str| actual.direct_services_of(address(pod)).into_iter().collect::<Vec<_>>();
+    let [a, c] = ["a", "c"].map(|name| key(name, Family::V4).service);
+    assert_eq!(named("11.0.0.1"), [a.clone(), c]);
+    assert_eq!(named("11.0.0.2"), [a]);
+    assert_eq!(named("11.0.0.3"), []);
+}
+
+#[test]
 fn a_link_comes_goes_and_is_replaced_under_the_same_address() {
     let state = desired([(key("a", Family::V4), direct(service(&["10.0.0.1"], &["11.0.0.1", "11.0.0.2"])))]);
     let mut actual = Actual::default();

@@ -113,9 +113,10 @@ fn people_are_told_what_matters_with_ages_by_the_nodes_clock() {
 }
 
 #[test]
-fn pods_that_the_stack_delivers_to_though_they_ask_for_more_are_told_with_the_reason() {
+fn addresses_that_are_left_to_the_stack_are_told_with_their_services_and_the_reason() {
     let by_stack = |last: u8| StackReport {
         pod: IpAddr::from([11, 0, 2, last]),
+        services: (1..last).map(|number| format!("default/web{number}")).collect(),
         reason: format!("the programs are not on its link veth{last} yet"),
     };
     let direct = DirectReport { reached: 2, by_stack: (2..7).map(by_stack).collect() };
@@ -129,17 +130,22 @@ fn pods_that_the_stack_delivers_to_though_they_ask_for_more_are_told_with_the_re
     assert_eq!(
         told,
         [
-            "Direct:      2 pods, 5 by the stack though they ask for it",
-            "  11.0.2.2: the programs are not on its link veth2 yet",
-            "  11.0.2.3: the programs are not on its link veth3 yet",
-            "  11.0.2.4: the programs are not on its link veth4 yet",
+            "Direct:      2 of 7 addresses of pods whose Services ask for it",
+            "  11.0.2.2 (default/web1): the programs are not on its link veth2 yet",
+            "  11.0.2.3 (default/web1, default/web2): the programs are not on its link veth3 yet",
+            "  11.0.2.4 (default/web1, default/web2, default/web3): the programs are not on its link veth4 yet",
             "  ... and 2 more: see -o wide",
         ]
     );
     let wide = render(&report, Output::Wide).unwrap();
-    assert!(wide.contains("  11.0.2.6: ") && !wide.contains("more: see -o wide"), "{wide}");
+    let all = "  11.0.2.6 (default/web1, default/web2, default/web3, default/web4, default/web5): ";
+    assert!(wide.contains(all) && !wide.contains("more: see -o wide"), "{wide}");
     let json: StatusReport = serde_json::from_str(&render(&report, Output::Json).unwrap()).unwrap();
     assert_eq!(json, report);
+    let mut report = report;
+    report.direct.by_stack.drain(..4);
+    let text = render(&report, Output::Table).unwrap();
+    assert!(text.contains("  11.0.2.6 (default/web1, default/web2, default/web3 and 2 more): "), "{text}");
 }
 
 #[test]

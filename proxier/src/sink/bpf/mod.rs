@@ -7,6 +7,7 @@ use std::{
     collections::BTreeSet,
     fs::{self, File, TryLockError},
     io,
+    net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -19,7 +20,7 @@ use tokio::{runtime::Handle, sync::watch, task};
 
 use self::{
     attach::{Method, Role},
-    delivery::Tale,
+    delivery::Monitor,
     events::Events,
     expiry::Expiry,
     reach::Reach,
@@ -128,12 +129,15 @@ pub struct BpfSink {
     direct_links: BTreeSet<u32>,
     /// Whether the tables say so.
     linked: bool,
-    /// What is told of it.
-    tale: Tale,
+    /// What is reported of it.
+    delivery: Monitor,
     /// Interfaces that could not be attached to, as reported: said once, tried again every second.
     refused: BTreeSet<Interface>,
     reported_missing: BTreeSet<String>,
     without_uplink: bool,
+    /// Families that the last desired state has external addresses of.
+    families: BTreeSet<Family>,
+    /// Those of them of which the node forwards no packets, as logged.
     without_forwarding: BTreeSet<Family>,
     /// Families of which the node forwards no packets, used or not.
     not_forwarding: BTreeSet<Family>,
@@ -200,10 +204,11 @@ impl BpfSink {
             reach: Arc::default(),
             direct_links: BTreeSet::new(),
             linked: false,
-            tale: Tale::default(),
+            delivery: Monitor::default(),
             refused: BTreeSet::new(),
             reported_missing: BTreeSet::new(),
             without_uplink: false,
+            families: BTreeSet::new(),
             without_forwarding: BTreeSet::new(),
             not_forwarding: not_forwarding(),
             pins_lost: false,
@@ -285,16 +290,20 @@ impl BpfSink {
         self.pins_lost = lost;
     }
 
-    /// Says so when the node does not forward packets of a family that is in use.
-    fn look_after_forwarding(&mut self, desired: &Desired) {
-        let families: BTreeSet<Family> = desired.services.keys().map(|key| key.family).collect();
+    /// Says so when the node does not forward packets of a family that is in use, and when it does again.
+    fn look_after_forwarding(&mut self) {
         self.not_forwarding = not_forwarding();
-        let without: BTreeSet<Family> = families.intersection(&self.not_forwarding).copied().collect();
+        let without: BTreeSet<Family> = self.families.intersection(&self.not_forwarding).copied().collect();
         for family in without.difference(&self.without_forwarding) {
             let parameter = preflight::forwarding_parameter(*family);
             tracing::warn!(
-                "{parameter} is 0: rewritten {family} packets end on this node; run `sysctl -w {parameter}=1`"
+                "{parameter} is 0: {family} packets for external addresses end on this node, delivered directly or not; run \
+                 `sysctl -w {parameter}=1`"
             );
+        }
+        for family in self.without_forwarding.difference(&self.not_forwarding) {
+            let parameter = preflight::forwarding_parameter(*family);
+            tracing::info!("{parameter} is not 0 any more: {family} packets go on to pods");
         }
         self.without_forwarding = without;
     }
@@ -323,7 +332,8 @@ impl BpfSink {
 
 impl Sink for BpfSink {
     fn apply(&mut self, snapshot: Snapshot<'_>) -> anyhow::Result<()> {
-        self.look_after_forwarding(snapshot.desired);
+        self.families = snapshot.desired.services.keys().map(|key| key.family).collect();
+        self.look_after_forwarding();
         self.refresh()?;
         let mut failures = Vec::new();
         let scope = if self.incomplete { &Scope::All } else { snapshot.scope };
@@ -374,7 +384,7 @@ impl Sink for BpfSink {
             is_uplink: *role == Role::Uplink,
             xdp: self.xdp.state(interface.index).cloned(),
         });
-        let direct = self.tale.report();
+        let direct = self.delivery.report();
         Some(Condition { interfaces: interfaces.collect(), pinned: !self.pins_lost, direct })
     }
 
@@ -384,21 +394,22 @@ impl Sink for BpfSink {
 
     fn tick(&mut self) -> anyhow::Result<()> {
         let mut followed = Ok(());
+        self.look_after_forwarding();
         if self.view.has_changed().context("uplinks are no longer followed (netlink)")? {
             let view = self.view.borrow_and_update().clone();
             followed = self.follow(&view);
-        } else if !self.refused.is_empty() || !self.linked {
+        } else if !self.refused.is_empty() || !self.linked || !self.reach.is_of(&self.not_forwarding) {
             let view = self.view.borrow().clone();
             followed = self.follow(&view);
         }
         if self.attached_at.elapsed() >= ATTACH_AGAIN {
             self.attach_again();
             self.look_after_pins();
-            self.not_forwarding = not_forwarding();
             let view = self.view.borrow().clone();
             followed = self.follow(&view);
         }
-        self.tale.look(self.actual.direct_pods().map(Address::to_ip), &self.reach);
+        let services_of = |pod: IpAddr| self.actual.direct_services_of(pod.into());
+        self.delivery.look(self.actual.direct_pods().map(Address::to_ip), &self.reach, services_of);
         followed?;
         self.refresh()?;
         self.look_after_sweep()?;

@@ -34,8 +34,31 @@ pub(super) struct Route {
 pub(super) enum Target {
     /// To the node itself.
     Node,
-    /// By these links; by none if the packets are to be thrown away.
+    /// By these links.
     Links(BTreeSet<u32>),
+    /// Nowhere: its packets are thrown away.
+    Nowhere(Discard),
+}
+
+/// A type of route whose packets are thrown away, by the name that `ip route` has for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Discard {
+    /// Nobody is told.
+    Blackhole,
+    /// The sender is told that the host is unreachable.
+    Unreachable,
+    /// The sender is told that it is forbidden.
+    Prohibit,
+}
+
+impl fmt::Display for Discard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Blackhole => "blackhole",
+            Self::Unreachable => "unreachable",
+            Self::Prohibit => "prohibit",
+        })
+    }
 }
 
 /// The routes that can tell how pods are reached.
@@ -47,7 +70,7 @@ impl Routes {
     /// may have a million others.
     pub(super) fn new(routes: Vec<Route>, uplinks: &BTreeSet<u32>) -> Self {
         let is_elsewhere = |route: &Route| match &route.target {
-            Target::Node => true,
+            Target::Node | Target::Nowhere(_) => true,
             Target::Links(links) => links.is_empty() || !route.has_gateway || !links.is_subset(uplinks),
         };
         let (elsewhere, by_uplink): (Vec<Route>, Vec<Route>) = routes.into_iter().partition(is_elsewhere);
@@ -74,7 +97,7 @@ impl Routes {
                 known.extend(more);
             }
             (Some(Target::Node), _) => {}
-            (Some(_), Target::Links(_)) if priorities[&destination] < priority => {}
+            (Some(_), Target::Links(_) | Target::Nowhere(_)) if priorities[&destination] < priority => {}
             (_, target) => {
                 self.0.insert(destination, target);
                 priorities.insert(destination, priority);
@@ -88,9 +111,9 @@ impl Routes {
     }
 
     /// The most specific route to an address.
-    fn to(&self, address: IpAddr) -> Option<&Target> {
+    fn to(&self, address: IpAddr) -> Option<(IpNet, &Target)> {
         let length = if address.is_ipv4() { 32 } else { 128 };
-        self.matching(address, length).map(|(_, target)| target).next()
+        self.matching(address, length).next()
     }
 
     /// The routes to networks around an address, from those of this length on, the most specific first.
@@ -142,56 +165,117 @@ pub(super) struct Programs {
 pub(super) struct Reach {
     routes: Routes,
     links: BTreeMap<u32, Link>,
+    has_uplink: bool,
     no_ethernet: bool,
     too_old: bool,
     not_forwarding: BTreeSet<Family>,
 }
 
-/// Why a pod is not reached directly.
+/// Why no packet reaches a pod directly.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Obstacle {
+    NoUplink,
     NotForwarding(Family),
     Kernel,
     NoEthernet,
     NoRoute,
+    /// What the route is to that counts, and of which type.
+    Discarded(IpNet, Discard),
+    NoInterface,
     OfNode,
     SeveralLinks,
     Uplink(String),
     NoPodLink(String),
-    Bare(String),
+    Unattached(String),
 }
 
-impl fmt::Display for Obstacle {
+impl Obstacle {
+    /// Whether it is one of the node, of which the log has a line by itself: nothing gets through then, directly or not.
+    pub(super) const fn is_reported_elsewhere(&self) -> bool {
+        matches!(self, Self::NoUplink | Self::NotForwarding(_))
+    }
+
+    /// In words, of this pod.
+    pub(super) const fn of(&self, pod: IpAddr) -> ObstacleOf<'_> {
+        ObstacleOf { obstacle: self, pod }
+    }
+}
+
+/// An obstacle before a pod: why, and what to do about it.
+#[derive(Debug)]
+pub(super) struct ObstacleOf<'a> {
+    obstacle: &'a Obstacle,
+    pod: IpAddr,
+}
+
+/// What to do where nothing is wrong.
+const OPT_OUT: &str = "annotate its Service with proxier.io/delivery: stack";
+
+impl fmt::Display for ObstacleOf<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NotForwarding(family) => {
+        let Self { obstacle, pod } = self;
+        match obstacle {
+            Obstacle::NoUplink => f.write_str(
+                "the node has no uplink, so nothing comes from outside: give it a default route, or name the interfaces towards \
+                 clients with --uplink",
+            ),
+            Obstacle::NotForwarding(family) => {
                 let parameter = preflight::forwarding_parameter(*family);
                 write!(
                     f,
                     "the node forwards no {family}, by its stack neither: run `sysctl -w {parameter}=1`"
                 )
             }
-            Self::Kernel => {
+            Obstacle::Kernel => {
                 let (major, minor) = DIRECT_DELIVERY_SINCE;
-                write!(f, "this kernel is older than Linux {major}.{minor}, the first with direct delivery")
+                write!(
+                    f,
+                    "this kernel is older than Linux {major}.{minor}, the first with direct delivery: boot a newer one, or \
+                     {OPT_OUT}"
+                )
             }
-            Self::NoEthernet => {
-                f.write_str("no uplink has Ethernet headers, which a packet needs to go into a pod")
-            }
-            Self::NoRoute => f.write_str(
-                "no route of the main table leads to it but to a router by an uplink: see `ip route get`",
+            Obstacle::NoEthernet => write!(
+                f,
+                "no uplink has Ethernet headers, which a packet needs to go into a pod: if clients come by an interface that has \
+                 them, name it with --uplink; else {OPT_OUT}"
             ),
-            Self::OfNode => {
-                f.write_str("its address is the node's own, which nothing but the stack delivers to")
+            Obstacle::NoRoute => write!(
+                f,
+                "no route of the main table leads to it but by a router at an uplink: see `ip route get {pod}`; the pod network's \
+                 plugin has to add one by the pod's link"
+            ),
+            Obstacle::Discarded(net, discard) => write!(
+                f,
+                "the route to {net} is of type {discard}, so the kernel throws packets to it away: see `ip route get {pod}`, and \
+                 remove that route or add one by the pod's link"
+            ),
+            Obstacle::NoInterface => write!(
+                f,
+                "its route names no interface that there is: see `ip route get {pod}`; the pod network's plugin has to mend it"
+            ),
+            Obstacle::OfNode => write!(
+                f,
+                "its address is one of the node's own, as with hostNetwork, to which only the stack delivers: give the pod one of \
+                 its own, or {OPT_OUT}"
+            ),
+            Obstacle::SeveralLinks => {
+                let family = if pod.is_ipv4() { "-4" } else { "-6" };
+                write!(
+                    f,
+                    "its route has several links: see `ip {family} route show match {pod}`; give it a route by one, or {OPT_OUT}"
+                )
             }
-            Self::SeveralLinks => f.write_str("its route has several links: see `ip route get`"),
-            Self::Uplink(link) => write!(f, "its route leads to {link}, which is an uplink"),
-            Self::NoPodLink(link) => write!(
+            Obstacle::Uplink(link) => write!(
+                f,
+                "its route leads to {link}, which is an uplink: if no clients come by it, name the other uplinks with --uplink; \
+                 else {OPT_OUT}"
+            ),
+            Obstacle::NoPodLink(link) => write!(
                 f,
                 "its route leads to {link}, which is neither a pod's own link (veth, netkit) nor a bridge with such: this \
-                 pod network knows no direct delivery"
+                 pod network knows no direct delivery; {OPT_OUT}"
             ),
-            Self::Bare(link) => {
+            Obstacle::Unattached(link) => {
                 write!(f, "the programs are not on its link {link} yet; if that lasts, the log says why")
             }
         }
@@ -225,12 +309,19 @@ impl Reach {
         };
         let links = interfaces.iter().map(link).collect();
         let Programs { no_ethernet, too_old, .. } = *programs;
-        Self { routes, links, no_ethernet, too_old, not_forwarding }
+        let has_uplink = !programs.uplinks.is_empty();
+        Self { routes, links, has_uplink, no_ethernet, too_old, not_forwarding }
     }
 
     /// Whether it takes these families for those that the node does not forward.
     pub(super) fn is_of(&self, not_forwarding: &BTreeSet<Family>) -> bool {
         self.not_forwarding == *not_forwarding
+    }
+
+    /// What keeps packets from going to `pod` directly. Without an uplink the tables keep the links of pods: it may be back in a
+    /// moment, and conversations with it.
+    pub(super) fn obstacle(&self, pod: IpAddr) -> Option<Obstacle> {
+        if self.has_uplink { self.of(pod).err() } else { Some(Obstacle::NoUplink) }
     }
 
     /// The link by which `pod` is reached past the node's stack.
@@ -246,7 +337,7 @@ impl Reach {
             return Err(Obstacle::NoEthernet);
         }
         let (interface, link) = self.route_to(pod)?;
-        let bare = match &link.kind {
+        let unattached = match &link.kind {
             Kind::OfPod => (!link.has_programs).then_some(link),
             // Its packets come in by any of them.
             Kind::Bridge(ports) => {
@@ -256,8 +347,8 @@ impl Reach {
             Kind::Uplink => return Err(Obstacle::Uplink(link.name.clone())),
             Kind::Other => return Err(Obstacle::NoPodLink(link.name.clone())),
         };
-        match bare {
-            Some(bare) => Err(Obstacle::Bare(bare.name.clone())),
+        match unattached {
+            Some(unattached) => Err(Obstacle::Unattached(unattached.name.clone())),
             // Every kernel that proxier supports has `bpf_redirect_peer`.
             None => Ok(PodLink { interface, has_peer: link.kind == Kind::OfPod }),
         }
@@ -275,17 +366,18 @@ impl Reach {
     fn route_to(&self, pod: IpAddr) -> Result<(u32, &Link), Obstacle> {
         let links = match self.routes.to(pod) {
             None => return Err(Obstacle::NoRoute),
-            Some(Target::Node) => return Err(Obstacle::OfNode),
-            Some(Target::Links(links)) => links,
+            Some((_, Target::Node)) => return Err(Obstacle::OfNode),
+            Some((net, Target::Nowhere(discard))) => return Err(Obstacle::Discarded(net, *discard)),
+            Some((_, Target::Links(links))) => links,
         };
         let mut links = links.iter();
         match (links.next(), links.next()) {
             (Some(index), None) => {
-                let link = self.links.get(index).ok_or(Obstacle::NoRoute)?;
+                let link = self.links.get(index).ok_or(Obstacle::NoInterface)?;
                 Ok((*index, link))
             }
             (Some(_), Some(_)) => Err(Obstacle::SeveralLinks),
-            (None, _) => Err(Obstacle::NoRoute),
+            (None, _) => Err(Obstacle::NoInterface),
         }
     }
 }
@@ -388,7 +480,8 @@ mod tests {
         let reach = reach_by(vec![
             by("11.0.0.0/24", &[2]),
             by("11.0.0.1/32", &[2, 3]),
-            by("11.0.0.2/32", &[]),
+            Route { target: Target::Nowhere(Discard::Blackhole), ..by("11.0.0.2/32", &[]) },
+            by("11.0.0.5/32", &[]),
             by("11.0.0.3/32", &[11]),
             own,
             by("11.0.0.4/32", &[2]),
@@ -397,11 +490,15 @@ mod tests {
         ]);
         let obstacle = |pod: &str| reach.of(ip(pod)).unwrap_err();
         assert_eq!(obstacle("11.0.0.1"), Obstacle::SeveralLinks);
-        assert_eq!(obstacle("11.0.0.2"), Obstacle::NoRoute, "a blackhole");
+        assert_eq!(
+            obstacle("11.0.0.2"),
+            Obstacle::Discarded("11.0.0.2/32".parse().unwrap(), Discard::Blackhole)
+        );
+        assert_eq!(obstacle("11.0.0.5"), Obstacle::NoInterface, "none is named");
         assert_eq!(obstacle("11.0.0.3"), Obstacle::NoPodLink("link11".to_owned()));
         assert_eq!(obstacle("11.0.0.4"), Obstacle::OfNode);
         assert_eq!(obstacle("11.0.0.6"), Obstacle::NoPodLink("link12".to_owned()), "nobody is on the bridge");
-        assert_eq!(obstacle("11.0.0.7"), Obstacle::NoRoute, "by an interface that has gone since");
+        assert_eq!(obstacle("11.0.0.7"), Obstacle::NoInterface, "it has gone since");
         assert_eq!(reach.of(ip("11.0.0.8")), peer(2));
     }
 
@@ -409,8 +506,8 @@ mod tests {
     fn a_pod_whose_link_lacks_the_programs_is_reached_once_they_are_there() {
         let routes = vec![by("11.0.0.2/32", &[4]), by("11.0.1.0/24", &[8]), by("11.0.2.0/24", &[5])];
         let reach = reach_by(routes.clone());
-        assert_eq!(reach.of(ip("11.0.0.2")), Err(Obstacle::Bare("link4".to_owned())));
-        assert_eq!(reach.of(ip("11.0.1.1")), Err(Obstacle::Bare("link10".to_owned())));
+        assert_eq!(reach.of(ip("11.0.0.2")), Err(Obstacle::Unattached("link4".to_owned())));
+        assert_eq!(reach.of(ip("11.0.1.1")), Err(Obstacle::Unattached("link10".to_owned())));
         assert_eq!(reach.needs(ip("11.0.0.2")), BTreeSet::from([4]));
         assert_eq!(reach.needs(ip("11.0.1.1")), BTreeSet::from([9, 10]));
         assert_eq!(reach.needs(ip("11.0.2.1")), BTreeSet::from([6, 7]), "also if they are there");
@@ -419,7 +516,7 @@ mod tests {
         let reach = Reach::new(&interfaces(), Routes::new(routes, &[1].into()), &programs, BTreeSet::new());
         assert_eq!(reach.of(ip("11.0.0.2")), peer(4));
         assert_eq!(reach.of(ip("11.0.1.1")), Ok(PodLink { interface: 8, has_peer: false }));
-        assert_eq!(reach.of(ip("11.0.2.1")), Err(Obstacle::Bare("link6".to_owned())));
+        assert_eq!(reach.of(ip("11.0.2.1")), Err(Obstacle::Unattached("link6".to_owned())));
     }
 
     #[test]
@@ -427,14 +524,61 @@ mod tests {
         let routes = || Routes::new(vec![by("11.0.0.2/32", &[2]), by("1100::2/128", &[2])], &[1].into());
         let reach = Reach::new(&interfaces(), routes(), &programs(), [Family::V6].into());
         assert_eq!(reach.of(ip("11.0.0.2")), peer(2));
-        let obstacle = reach.of(ip("1100::2")).unwrap_err();
-        assert!(obstacle.to_string().contains("sysctl -w net.ipv6.conf.all.forwarding=1"), "{obstacle}");
+        assert_eq!(reach.of(ip("1100::2")), Err(Obstacle::NotForwarding(Family::V6)));
         let programs = Programs { no_ethernet: true, ..programs() };
         let reach = Reach::new(&interfaces(), routes(), &programs, BTreeSet::new());
         assert_eq!(reach.of(ip("11.0.0.2")), Err(Obstacle::NoEthernet));
         let programs = Programs { too_old: true, ..programs };
         let reach = Reach::new(&interfaces(), routes(), &programs, BTreeSet::new());
         assert_eq!(reach.of(ip("11.0.0.2")), Err(Obstacle::Kernel));
+    }
+
+    #[test]
+    fn without_an_uplink_nothing_comes_from_outside_but_the_links_of_pods_stay() {
+        let routes = || Routes::new(vec![by("11.0.0.2/32", &[2])], &BTreeSet::new());
+        let programs = Programs { uplinks: BTreeSet::new(), ..programs() };
+        let reach = Reach::new(&interfaces(), routes(), &programs, BTreeSet::new());
+        assert_eq!(reach.obstacle(ip("11.0.0.2")), Some(Obstacle::NoUplink));
+        assert_eq!(reach.of(ip("11.0.0.2")), peer(2));
+        let reach = reach_by(vec![by("11.0.0.2/32", &[2])]);
+        assert_eq!(reach.obstacle(ip("11.0.0.2")), None);
+        assert_eq!(reach.obstacle(ip("12.0.0.1")), Some(Obstacle::NoRoute));
+    }
+
+    #[test]
+    fn every_obstacle_is_told_with_its_object_the_reason_and_what_to_do() {
+        let link = || "veth1".to_owned();
+        let all = [
+            Obstacle::NoUplink,
+            Obstacle::NotForwarding(Family::V6),
+            Obstacle::Kernel,
+            Obstacle::NoEthernet,
+            Obstacle::NoRoute,
+            Obstacle::Discarded("1100::/64".parse().unwrap(), Discard::Unreachable),
+            Obstacle::Discarded("1100::2/128".parse().unwrap(), Discard::Prohibit),
+            Obstacle::NoInterface,
+            Obstacle::OfNode,
+            Obstacle::SeveralLinks,
+            Obstacle::Uplink(link()),
+            Obstacle::NoPodLink(link()),
+            Obstacle::Unattached(link()),
+        ];
+        let told: Vec<String> = all.iter().map(|obstacle| obstacle.of(ip("1100::2")).to_string()).collect();
+        insta::assert_snapshot!(told.join("\n"), @"
+        the node has no uplink, so nothing comes from outside: give it a default route, or name the interfaces towards clients with --uplink
+        the node forwards no IPv6, by its stack neither: run `sysctl -w net.ipv6.conf.all.forwarding=1`
+        this kernel is older than Linux 6.4, the first with direct delivery: boot a newer one, or annotate its Service with proxier.io/delivery: stack
+        no uplink has Ethernet headers, which a packet needs to go into a pod: if clients come by an interface that has them, name it with --uplink; else annotate its Service with proxier.io/delivery: stack
+        no route of the main table leads to it but by a router at an uplink: see `ip route get 1100::2`; the pod network's plugin has to add one by the pod's link
+        the route to 1100::/64 is of type unreachable, so the kernel throws packets to it away: see `ip route get 1100::2`, and remove that route or add one by the pod's link
+        the route to 1100::2/128 is of type prohibit, so the kernel throws packets to it away: see `ip route get 1100::2`, and remove that route or add one by the pod's link
+        its route names no interface that there is: see `ip route get 1100::2`; the pod network's plugin has to mend it
+        its address is one of the node's own, as with hostNetwork, to which only the stack delivers: give the pod one of its own, or annotate its Service with proxier.io/delivery: stack
+        its route has several links: see `ip -6 route show match 1100::2`; give it a route by one, or annotate its Service with proxier.io/delivery: stack
+        its route leads to veth1, which is an uplink: if no clients come by it, name the other uplinks with --uplink; else annotate its Service with proxier.io/delivery: stack
+        its route leads to veth1, which is neither a pod's own link (veth, netkit) nor a bridge with such: this pod network knows no direct delivery; annotate its Service with proxier.io/delivery: stack
+        the programs are not on its link veth1 yet; if that lasts, the log says why
+        ");
     }
 
     #[test]
@@ -465,5 +609,22 @@ mod tests {
         let Routes(kept) = Routes::new(routes, &BTreeSet::from([1]));
         let kept: Vec<String> = kept.keys().map(ToString::to_string).collect();
         assert_eq!(kept, ["11.0.0.0/16", "11.0.3.0/24", "12.0.0.0/8", "13.0.0.0/24"]);
+    }
+
+    #[test]
+    fn a_route_that_throws_packets_away_counts_by_its_metric_as_others_do() {
+        let nowhere = |priority| Route {
+            target: Target::Nowhere(Discard::Unreachable),
+            priority,
+            ..by("11.0.0.0/24", &[])
+        };
+        let by_link = Route { priority: 512, ..by("11.0.0.0/24", &[2]) };
+        let discarded = Err(Obstacle::Discarded("11.0.0.0/24".parse().unwrap(), Discard::Unreachable));
+        for (priority, expected) in [(1024, peer(2)), (256, discarded)] {
+            let mut routes = vec![by_link.clone(), nowhere(priority)];
+            assert_eq!(reach_by(routes.clone()).of(ip("11.0.0.2")), expected);
+            routes.reverse();
+            assert_eq!(reach_by(routes).of(ip("11.0.0.2")), expected, "told in the other order");
+        }
     }
 }

@@ -4,6 +4,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    mem,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     time::Duration,
 };
@@ -21,7 +22,7 @@ use rtnetlink::{
 };
 use tokio::{sync::watch, time};
 
-use super::reach::{Route, Routes, Target};
+use super::reach::{Discard, Route, Routes, Target};
 
 /// Whether packets of an interface start with an Ethernet header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -95,10 +96,18 @@ pub(super) async fn watch(named: BTreeSet<String>) -> anyhow::Result<watch::Rece
 
     let (sender, receiver) = watch::channel(list(&handle, &named).await?);
     tokio::spawn(async move {
+        // As logged.
+        let (mut is_closed, mut is_stale) = (false, false);
         loop {
             tokio::select! {
                 change = changes.next() => if change.is_none() {
-                    tracing::error!("netlink has closed: uplinks are looked for every 30 seconds only");
+                    if !mem::replace(&mut is_closed, true) {
+                        tracing::error!(
+                            "the kernel tells of no more changes of interfaces and routes (netlink has closed): they are listed every \
+                             {} seconds instead, so new pods and uplinks wait that long for their programs; restart the agent",
+                            RELIST.as_secs()
+                        );
+                    }
                     time::sleep(RELIST).await;
                 },
                 () = time::sleep(RELIST) => {}
@@ -108,6 +117,9 @@ pub(super) async fn watch(named: BTreeSet<String>) -> anyhow::Result<watch::Rece
             while let Ok(Some(_)) = time::timeout(Duration::ZERO, changes.next()).await {}
             match list(&handle, &named).await {
                 Ok(view) => {
+                    if mem::take(&mut is_stale) {
+                        tracing::info!("interfaces and routes can be listed again");
+                    }
                     sender.send_if_modified(|known| {
                         let changed = *known != view;
                         *known = view;
@@ -115,7 +127,14 @@ pub(super) async fn watch(named: BTreeSet<String>) -> anyhow::Result<watch::Rece
                     });
                 }
                 Err(error) => {
-                    tracing::warn!("uplinks stay as they are, interfaces cannot be listed: {error:#}");
+                    // Of an outage once.
+                    if !mem::replace(&mut is_stale, true) {
+                        tracing::warn!(
+                            "{error:#}: programs stay on the uplinks and pods' links that have them, new ones get none; tried again at \
+                             the next change, or after {} seconds; if it lasts, see whether `ip link` and `ip route` work on the node",
+                            RELIST.as_secs()
+                        );
+                    }
                 }
             }
         }
@@ -259,9 +278,9 @@ fn route_to_pods(route: &RouteMessage, unspecified: IpAddr) -> Option<Route> {
     let target = match kind {
         RouteType::Local => Target::Node,
         RouteType::Unicast if is_main => Target::Links(links_of(route).into_iter().collect()),
-        RouteType::BlackHole | RouteType::Unreachable | RouteType::Prohibit if is_main => {
-            Target::Links(BTreeSet::new())
-        }
+        RouteType::BlackHole if is_main => Target::Nowhere(Discard::Blackhole),
+        RouteType::Unreachable if is_main => Target::Nowhere(Discard::Unreachable),
+        RouteType::Prohibit if is_main => Target::Nowhere(Discard::Prohibit),
         _ => return None,
     };
     let destination = route.attributes.iter().find_map(|attribute| match attribute {
@@ -388,8 +407,14 @@ mod tests {
         };
         assert_eq!(route(254, RouteType::Unicast, Some(pod), 128), Some(by_link("1100::5/128")));
         assert_eq!(route(254, RouteType::Unicast, None, 0), Some(by_link("::/0")));
-        let thrown_away = Route { target: Target::Links(BTreeSet::new()), ..by_link("1100::5/128") };
-        assert_eq!(route(254, RouteType::BlackHole, Some(pod), 128), Some(thrown_away));
+        for (kind, discard) in [
+            (RouteType::BlackHole, Discard::Blackhole),
+            (RouteType::Unreachable, Discard::Unreachable),
+            (RouteType::Prohibit, Discard::Prohibit),
+        ] {
+            let thrown_away = Route { target: Target::Nowhere(discard), ..by_link("1100::5/128") };
+            assert_eq!(route(254, kind, Some(pod), 128), Some(thrown_away));
+        }
         let own = Route { target: Target::Node, ..by_link("1100::5/128") };
         assert_eq!(route(255, RouteType::Local, Some(pod), 128), Some(own));
         assert_eq!(route(1000, RouteType::Unicast, Some(pod), 128), None, "of another table");
