@@ -131,6 +131,18 @@ pub struct PodValue {
 /// instructions).
 pub const DIRECT_DELIVERY_SINCE: (u8, u8) = (6, 4);
 
+/// The first Linux with tcx links.
+pub const TCX_SINCE: (u8, u8) = (6, 6);
+
+/// Whether this machine runs that Linux or a newer one; no, if it does not say. The agent goes by it, and so must whoever tries or
+/// measures what the agent does.
+#[cfg(feature = "aya")]
+#[must_use]
+pub fn is_linux_since((major, minor): (u8, u8)) -> bool {
+    use aya::util::KernelVersion;
+    KernelVersion::current().is_ok_and(|running| running >= KernelVersion::new(major, minor, 0))
+}
+
 /// [`PodValue::flags`]: the link's other end is in the pod, which `bpf_redirect_peer` reaches. Without it the link is a
 /// bridge.
 pub const POD_HAS_PEER: u32 = 1 << 16;

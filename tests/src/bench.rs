@@ -266,9 +266,9 @@ pub fn with_reference(mut kinds: Vec<Kind>) -> Vec<Kind> {
 ///
 /// # Errors
 ///
-/// The agent does not run.
+/// The agent does not run, or cannot be an arm that the plan names.
 pub fn arms_of(plan: &Plan, agent: &Path) -> anyhow::Result<(Vec<Arm>, Vec<String>)> {
-    Ok(arm::plan(&plan.kinds, &plan.addresses, &Capabilities::of(agent)?))
+    arm::plan(&plan.kinds, &plan.addresses, &Capabilities::of(agent)?)
 }
 
 #[cfg(test)]

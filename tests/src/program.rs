@@ -36,8 +36,6 @@ pub const XDP_PASS: i32 = 2;
 
 /// The program at XDP.
 const XDP: &str = "proxier_xdp";
-/// The interface that packets come in by there, in a run without a context: the namespace's `lo`, which has the first index.
-const LOOPBACK: u32 = 1;
 /// Whom the frames of tests are for.
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
 
@@ -153,8 +151,27 @@ impl Kernel {
     ///
     /// When there is no such program.
     pub fn run(&self, program: &str, packet: &HostPacket, flags: u32) -> io::Result<(i32, HostPacket)> {
+        self.run_at(LOOPBACK, program, packet, flags)
+    }
+
+    /// As [`Self::run`], at this interface of the thread's network namespace.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::run`]; or there is no such interface.
+    ///
+    /// # Panics
+    ///
+    /// As [`Self::run`].
+    pub fn run_at(
+        &self,
+        interface: u32,
+        program: &str,
+        packet: &HostPacket,
+        flags: u32,
+    ) -> io::Result<(i32, HostPacket)> {
         // Once: a second run would be fed with what the first one wrote.
-        let outcome = test_run(self.program(program), &packet.bytes, 1, flags)?;
+        let outcome = test_run(self.program(program), interface, &packet.bytes, 1, flags)?;
         Ok((outcome.code, HostPacket::new(outcome.packet)))
     }
 
@@ -226,19 +243,29 @@ pub struct Outcome {
     pub duration: Duration,
 }
 
-/// Runs a program of TC on `packet`, `repeat` times: all but the first on what the one before has made of it.
+/// The index of the loopback interface in every network namespace; also where a run at XDP without a context has its packets from.
+pub const LOOPBACK: u32 = 1;
+
+/// Runs a program of TC on `packet` at `interface`, `repeat` times: all but the first on what the one before has made of it.
 ///
 /// # Errors
 ///
-/// The kernel does not know one of `flags`, or what it has checked for them is not so.
+/// The thread's network namespace has no such interface; the kernel does not know one of `flags`, or what it has checked for them
+/// is not so.
 ///
 /// # Panics
 ///
 /// When the packet is none.
-pub fn test_run(program: BorrowedFd<'_>, packet: &[u8], repeat: u32, flags: u32) -> io::Result<Outcome> {
-    // `struct __sk_buff` up to `ingress_ifindex`, here the loopback interface: a packet that the node forwards.
-    let mut context = [0_u32; 10];
-    context[9] = 1;
+pub fn test_run(
+    program: BorrowedFd<'_>,
+    interface: u32,
+    packet: &[u8],
+    repeat: u32,
+    flags: u32,
+) -> io::Result<Outcome> {
+    // `struct __sk_buff` up to `ingress_ifindex`, by which a packet that the node forwards has come in, and `ifindex`.
+    let mut context = [0_u32; 11];
+    context[9..].fill(interface);
     run_in(program, packet, repeat, flags, &context)
 }
 

@@ -11,7 +11,7 @@
 #[path = "../../proxier-ebpf/tests/common/mod.rs"]
 mod common;
 
-use std::{fs, sync::Mutex};
+use std::sync::Mutex;
 
 use common::*;
 use proptest::prelude::*;
@@ -79,9 +79,7 @@ fn checksum_complete(kernel: &Kernel, program: &str, packet: &HostPacket) {
 }
 
 fn kernel_has_checksum_complete() -> bool {
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse::<u32>().unwrap_or(0));
-    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (6, 15)
+    proxier_common::is_linux_since((6, 15))
 }
 
 #[test]

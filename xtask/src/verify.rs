@@ -10,10 +10,9 @@ use anyhow::{Context as _, Result, bail};
 use aya::{
     EbpfLoader, VerifierLogLevel,
     programs::{Program, ProgramError, ProgramInfo, ProgramType},
-    util::KernelVersion,
 };
 use comfy_table::{CellAlignment, Table, presets::NOTHING};
-use proxier_common::DIRECT_DELIVERY_SINCE;
+use proxier_common::{DIRECT_DELIVERY_SINCE, is_linux_since};
 
 use crate::{
     environment::{Environment, as_root_hint, is_root},
@@ -52,11 +51,8 @@ pub(crate) fn verify(environment: &Environment, object: &Path) -> Result<()> {
     environment.ensure_bpf_file_system()?;
     // Maps that the object wants pinned go to a folder of our own, never among a running agent's.
     let pins = PinFolder::new()?;
-    let (major, minor) = DIRECT_DELIVERY_SINCE;
     // As the agent does.
-    let direct_delivery =
-        KernelVersion::current().is_ok_and(|running| running >= KernelVersion::new(major, minor, 0));
-    let direct_delivery = u8::from(direct_delivery);
+    let direct_delivery = u8::from(is_linux_since(DIRECT_DELIVERY_SINCE));
     let mut ebpf = EbpfLoader::new()
         .override_global("DIRECT_DELIVERY", &direct_delivery, true)
         .default_map_pin_directory(&pins.0)

@@ -2,7 +2,8 @@
 
 use std::{fmt, path::Path, process::Command};
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
+use proxier_common::{DIRECT_DELIVERY_SINCE, is_linux_since};
 use serde::{Deserialize, Serialize};
 
 /// A way from a client to a pod.
@@ -131,10 +132,12 @@ impl fmt::Display for Arm {
     }
 }
 
-/// What an agent can do.
+/// What an agent can do on this machine.
 #[derive(Clone, Debug)]
 pub struct Capabilities {
     help: String,
+    /// Whether the kernel takes programs that deliver past its stack.
+    direct_delivery: bool,
 }
 
 impl Capabilities {
@@ -149,30 +152,48 @@ impl Capabilities {
             .output()
             .with_context(|| format!("cannot run {}", binary.display()))?;
         ensure!(output.status.success(), "{} does not know `file to-bpf --help`", binary.display());
-        Ok(Self { help: String::from_utf8_lossy(&output.stdout).into_owned() })
+        let help = String::from_utf8_lossy(&output.stdout).into_owned();
+        Ok(Self { help, direct_delivery: is_linux_since(DIRECT_DELIVERY_SINCE) })
     }
 
-    fn include(&self, flag: &str) -> bool {
-        self.help.split_whitespace().any(|word| word == flag)
+    /// Why there is no such arm, if there is none.
+    fn lack(&self, kind: Kind) -> Option<String> {
+        let [flag, ..] = kind.flag()? else { return None };
+        if !self.help.split_whitespace().any(|word| word == *flag) {
+            return Some(format!("this agent has no {flag}"));
+        }
+        // The agent would deliver by the stack.
+        let (major, minor) = DIRECT_DELIVERY_SINCE;
+        (kind == Kind::ProxierDirect && !self.direct_delivery).then(|| {
+            format!("this kernel is older than Linux {major}.{minor}, the first with direct delivery")
+        })
     }
 }
 
 /// The arms of these kinds (all, if none is given) with these numbers of addresses, and of what is left out, why.
-#[must_use]
-pub fn plan(kinds: &[Kind], addresses: &[u32], agent: &Capabilities) -> (Vec<Arm>, Vec<String>) {
+///
+/// # Errors
+///
+/// One of the kinds given cannot be measured on this machine.
+pub fn plan(
+    kinds: &[Kind],
+    addresses: &[u32],
+    agent: &Capabilities,
+) -> anyhow::Result<(Vec<Arm>, Vec<String>)> {
     let mut arms = Vec::new();
     let mut left_out = Vec::new();
     for kind in Kind::ALL.into_iter().filter(|kind| kinds.is_empty() || kinds.contains(kind)) {
-        if let Some([flag, ..]) = kind.flag()
-            && !agent.include(flag)
-        {
-            left_out.push(format!("{kind}: this agent has no {flag}"));
+        if let Some(reason) = agent.lack(kind) {
+            if !kinds.is_empty() {
+                bail!("the arm {kind} cannot be measured here: {reason}; leave it out of --arms");
+            }
+            left_out.push(format!("{kind}: {reason}"));
             continue;
         }
         let sizes: &[u32] = if kind.has_table() { addresses } else { &[1] };
         arms.extend(sizes.iter().map(|addresses| Arm { kind, addresses: *addresses }));
     }
-    (arms, left_out)
+    Ok((arms, left_out))
 }
 
 #[cfg(test)]
@@ -180,7 +201,7 @@ mod tests {
     use super::*;
 
     fn agent(help: &str) -> Capabilities {
-        Capabilities { help: help.to_owned() }
+        Capabilities { help: help.to_owned(), direct_delivery: true }
     }
 
     fn names(arms: &[Arm]) -> Vec<String> {
@@ -189,7 +210,8 @@ mod tests {
 
     #[test]
     fn what_the_agent_cannot_do_is_left_out_with_the_reason() {
-        let (arms, left_out) = plan(&[], &[1], &agent("--uplink <INTERFACE>\n --ingress <INGRESS>\n"));
+        let (arms, left_out) =
+            plan(&[], &[1], &agent("--uplink <INTERFACE>\n --ingress <INGRESS>\n")).unwrap();
         let expected = [
             "wire",
             "route",
@@ -203,12 +225,27 @@ mod tests {
         ];
         assert_eq!(names(&arms), expected);
         assert_eq!(left_out, ["proxier-direct: this agent has no --delivery"]);
+        let agent = Capabilities { direct_delivery: false, ..agent("--delivery --ingress") };
+        let (_, left_out) = plan(&[], &[1], &agent).unwrap();
+        assert_eq!(
+            left_out,
+            ["proxier-direct: this kernel is older than Linux 6.4, the first with direct delivery"]
+        );
+    }
+
+    #[test]
+    fn an_arm_that_was_asked_for_by_name_is_not_left_out_in_silence() {
+        let error = plan(&[Kind::Route, Kind::ProxierXdp], &[1], &agent("--delivery")).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the arm proxier-xdp cannot be measured here: this agent has no --ingress; leave it out of --arms"
+        );
     }
 
     #[test]
     fn only_tables_come_in_several_sizes() {
         let kinds = [Kind::Route, Kind::Nft, Kind::ProxierStack];
-        let (arms, _) = plan(&kinds, &[1, 100_000, 1_500], &agent(""));
+        let (arms, _) = plan(&kinds, &[1, 100_000, 1_500], &agent("")).unwrap();
         let expected = [
             "route",
             "nft",

@@ -4,7 +4,8 @@
 //! A program that is repeated in the kernel is fed its own output. So each packet is given by a call of its own as well, of which
 //! the median is taken: that includes caches and branch predictors that a system call has used meanwhile, and reading the clock;
 //! what does nothing is measured in the same way beside it. Repeated is what leaves its packet as it was: because it is let
-//! through, or because the pod's address is the external one, so that all that is done to the packet changes nothing.
+//! through, or because the pod's address is the external one, so that all that is done to the packet changes nothing. What goes past
+//! the node's stack is never repeated: each run takes one off its hop limit. It ends where the kernel would send it on.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -14,21 +15,22 @@ use std::{
 use anyhow::{Context as _, ensure};
 use etherparse::{Icmpv4Header, Icmpv4Type, icmpv4::DestUnreachableHeader};
 use proxier_common::{
-    Address, BackendKey, BackendValue, DELIVERY_STACK, ExternalKey, MemberKey, MemberValue, PodKey, PodValue,
-    ServiceValue, timeout::SECOND,
+    Address, BackendKey, BackendValue, DELIVERY_STACK, ExternalKey, MemberKey, MemberValue, POD_HAS_PEER,
+    PodKey, PodValue, SERVICE_DIRECT, ServiceValue, timeout::SECOND,
 };
 use proxier_ebpf::{
-    Origin, Verdict,
+    Origin, Verdict, Way,
     host::{HostPacket, HostTables},
 };
 use serde::{Deserialize, Serialize};
 
 use crate::{
     packets::{Packet, TcpFlags, protocol},
-    program::{Kernel, TCX_NEXT, test_run},
+    program::{Kernel, LOOPBACK, TC_ACT_REDIRECT, TCX_NEXT, test_run},
 };
 
 mod floor;
+mod node;
 
 const CLIENT: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 100);
 const EXTERNAL: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 0);
@@ -37,6 +39,7 @@ const POD: Ipv4Addr = Ipv4Addr::new(11, 0, 2, 2);
 const ROUTER: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 254);
 const REQUEST: &str = "proxier_request";
 const REPLY: &str = "proxier_reply";
+const DIRECT_REPLY: &str = "proxier_pod_in";
 /// Of which one system call gets the average.
 const REPETITIONS: u32 = 100_000;
 
@@ -63,8 +66,37 @@ struct Case {
     /// The packet of this run, if this is the pod's address.
     packet: fn(u32, Ipv4Addr) -> Packet,
     expected: Verdict,
+    delivery: Delivery,
     /// Whether it can be repeated: nothing is different the second time.
     repeats: bool,
+}
+
+/// How the Service's packets go between client and pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Delivery {
+    /// Through the node's stack.
+    Stack,
+    /// Past it.
+    Direct,
+}
+
+impl Delivery {
+    /// Where a program is run.
+    fn interface(self, program: &str) -> u32 {
+        match self {
+            Self::Stack => LOOPBACK,
+            Self::Direct if program == DIRECT_REPLY => node::POD_LINK,
+            Self::Direct => node::UPLINK,
+        }
+    }
+
+    /// What a program returns.
+    const fn code(self) -> i32 {
+        match self {
+            Self::Stack => TCX_NEXT,
+            Self::Direct => TC_ACT_REDIRECT,
+        }
+    }
 }
 
 fn client(number: u32) -> SocketAddr {
@@ -109,6 +141,7 @@ fn cases() -> Vec<Case> {
             before: |_| vec![],
             packet: |_, _| Packet::udp(at(CLIENT, 40_000), at(NOBODYS, 7000), b""),
             expected: Verdict::Next,
+            delivery: Delivery::Stack,
             repeats: true,
         },
         Case {
@@ -117,6 +150,7 @@ fn cases() -> Vec<Case> {
             before: |_| vec![],
             packet: |_, _| Packet::udp(at(NOBODYS, 9), at(CLIENT, 9), b""),
             expected: Verdict::Next,
+            delivery: Delivery::Stack,
             repeats: true,
         },
         Case {
@@ -125,6 +159,7 @@ fn cases() -> Vec<Case> {
             before: |_| vec![],
             packet: |_, pod| Packet::udp(at(pod, 9), at(CLIENT, 9), b""),
             expected: Verdict::Next,
+            delivery: Delivery::Stack,
             repeats: true,
         },
         Case {
@@ -133,6 +168,7 @@ fn cases() -> Vec<Case> {
             before: |_| vec![],
             packet: |number, _| Packet::udp(client(number), at(EXTERNAL, 7000), b"a byte, or more"),
             expected: Verdict::Rewritten,
+            delivery: Delivery::Stack,
             repeats: false,
         },
         Case {
@@ -141,6 +177,7 @@ fn cases() -> Vec<Case> {
             before: established,
             packet: request,
             expected: Verdict::Rewritten,
+            delivery: Delivery::Stack,
             repeats: true,
         },
         Case {
@@ -149,6 +186,7 @@ fn cases() -> Vec<Case> {
             before: established,
             packet: reply,
             expected: Verdict::Rewritten,
+            delivery: Delivery::Stack,
             repeats: true,
         },
         Case {
@@ -157,6 +195,7 @@ fn cases() -> Vec<Case> {
             before: connected,
             packet: |_, _| segment(at(CLIENT, 40_000), at(EXTERNAL, 7000), ACK),
             expected: Verdict::Rewritten,
+            delivery: Delivery::Stack,
             repeats: true,
         },
         Case {
@@ -165,6 +204,7 @@ fn cases() -> Vec<Case> {
             before: connected,
             packet: |_, pod| segment(at(pod, 7000), at(CLIENT, 40_000), ACK),
             expected: Verdict::Rewritten,
+            delivery: Delivery::Stack,
             repeats: true,
         },
         Case {
@@ -173,6 +213,7 @@ fn cases() -> Vec<Case> {
             before: |_| vec![(REQUEST, large(at(CLIENT, 40_000), at(EXTERNAL, 7000)).swap_remove(0))],
             packet: |_, _| large(at(CLIENT, 40_000), at(EXTERNAL, 7000)).swap_remove(1),
             expected: Verdict::Rewritten,
+            delivery: Delivery::Stack,
             repeats: true,
         },
         Case {
@@ -184,6 +225,7 @@ fn cases() -> Vec<Case> {
             },
             packet: |_, pod| large(at(pod, 7000), at(CLIENT, 40_000)).swap_remove(1),
             expected: Verdict::Rewritten,
+            delivery: Delivery::Stack,
             repeats: true,
         },
         Case {
@@ -192,7 +234,26 @@ fn cases() -> Vec<Case> {
             before: established,
             packet: |_, _| error(&Packet::udp(at(EXTERNAL, 7000), at(CLIENT, 40_000), b"a byte, or more")),
             expected: Verdict::Rewritten,
+            delivery: Delivery::Stack,
             repeats: true,
+        },
+        Case {
+            name: "request, UDP, direct",
+            program: REQUEST,
+            before: established,
+            packet: request,
+            expected: Verdict::ForwardIntoPod,
+            delivery: Delivery::Direct,
+            repeats: false,
+        },
+        Case {
+            name: "reply, UDP, direct",
+            program: DIRECT_REPLY,
+            before: established,
+            packet: reply,
+            expected: Verdict::Direct,
+            delivery: Delivery::Direct,
+            repeats: false,
         },
     ]
 }
@@ -208,9 +269,13 @@ fn connected(_: Ipv4Addr) -> Vec<(&'static str, Packet)> {
     vec![(REQUEST, segment(at(CLIENT, 40_000), at(EXTERNAL, 7000), SYN))]
 }
 
-/// A Service with one pod, at this address.
-fn tables(pod: Ipv4Addr) -> HostTables {
+/// A Service with one pod, at this address, that is delivered so.
+fn tables(pod: Ipv4Addr, delivery: Delivery) -> HostTables {
     let (service_id, generation) = (1, 1);
+    let (flags, flags_of_pod, interface) = match delivery {
+        Delivery::Stack => (0, 0, 0),
+        Delivery::Direct => (SERVICE_DIRECT, SERVICE_DIRECT | POD_HAS_PEER, node::POD_LINK),
+    };
     let tables = HostTables::default();
     tables.now.set(1_000 * SECOND);
     let pod = Address::from(pod);
@@ -222,7 +287,7 @@ fn tables(pod: Ipv4Addr) -> HostTables {
             generation,
             backend_count: 1,
             affinity_timeout: 10_800,
-            flags: 0,
+            flags,
             source_generation: 0,
         },
     );
@@ -231,13 +296,14 @@ fn tables(pod: Ipv4Addr) -> HostTables {
         MemberKey { pod, service_id, padding: 0 },
         MemberValue { since_generation: generation, flags: 0 },
     );
-    tables.pods.borrow_mut().insert(PodKey { pod }, PodValue { external, flags: 0, interface: 0 });
+    let value = PodValue { external, flags: flags_of_pod, interface };
+    tables.pods.borrow_mut().insert(PodKey { pod }, value);
     tables
 }
 
 /// The frame, as the programs get it.
 fn frame(packet: &Packet) -> HostPacket {
-    HostPacket::new(packet.frame([2, 0, 0, 0, 0, 2], [2, 0, 0, 0, 0, 1]))
+    HostPacket::new(packet.frame(node::SENDER_MAC, node::NODE_MAC))
 }
 
 /// Measures every case, `runs` runs each.
@@ -250,14 +316,19 @@ fn frame(packet: &Packet) -> HostPacket {
 ///
 /// When there is no object with the programs.
 pub fn run(runs: u32) -> anyhow::Result<Vec<Timing>> {
+    let node = node::build(CLIENT, POD).context("a node for what goes past its stack")?;
+    node.enter(|| time_all(runs))
+}
+
+fn time_all(runs: u32) -> anyhow::Result<Vec<Timing>> {
     let mut kernel = Kernel::load();
     let packet = frame(&request(0, POD));
-    kernel.set(&tables(POD));
+    kernel.set(&tables(POD, Delivery::Stack));
     let mut timings = Vec::new();
     let nothing = floor::nothing().context("the program that does nothing")?;
     let lookup = floor::lookup(&kernel.map("services")).context("the program with one look-up")?;
     for (name, program, lookups) in [("nothing", &nothing, 0), ("one look-up", &lookup, 1)] {
-        let single = singles(program.as_fd(), runs, |_| packet.clone(), TCX_NEXT)?;
+        let single = singles(program.as_fd(), LOOPBACK, runs, |_| packet.clone(), TCX_NEXT)?;
         let repeated = repeated(program.as_fd(), &packet)?;
         timings.push(Timing {
             case: name.to_owned(),
@@ -276,7 +347,8 @@ fn time(kernel: &mut Kernel, case: &Case, runs: u32) -> anyhow::Result<Timing> {
     let lookups = prepare(kernel, case, POD)?;
     // Number 0 has been seen there.
     let packet = |number| frame(&(case.packet)(number + 1, POD));
-    let single = singles(kernel.program(case.program), runs, packet, TCX_NEXT)?;
+    let (interface, code) = (case.delivery.interface(case.program), case.delivery.code());
+    let single = singles(kernel.program(case.program), interface, runs, packet, code)?;
     let repeated = if case.repeats {
         prepare(kernel, case, EXTERNAL)?;
         let packet = frame(&(case.packet)(0, EXTERNAL));
@@ -292,11 +364,12 @@ fn time(kernel: &mut Kernel, case: &Case, runs: u32) -> anyhow::Result<Timing> {
 /// Makes the maps ready, and holds what the kernel does with the packet against the packet core on a host. Returns how many
 /// look-ups that one did.
 fn prepare(kernel: &mut Kernel, case: &Case, pod: Ipv4Addr) -> anyhow::Result<u32> {
-    let host = tables(pod);
+    let delivery = case.delivery;
+    let host = tables(pod, delivery);
     kernel.set(&host);
     for (program, packet) in (case.before)(pod) {
-        let (code, _) = kernel.run(program, &frame(&packet), 0)?;
-        ensure!(code == TCX_NEXT, "{packet} is not let through: {code}");
+        let (code, _) = kernel.run_at(delivery.interface(program), program, &frame(&packet), 0)?;
+        ensure!(code == delivery.code(), "{packet} does not go on: {code}");
         core(&host, program, &mut frame(&packet));
     }
     let packet = frame(&(case.packet)(0, pod));
@@ -304,30 +377,45 @@ fn prepare(kernel: &mut Kernel, case: &Case, pod: Ipv4Addr) -> anyhow::Result<u3
     host.lookups.set(0);
     let verdict = core(&host, case.program, &mut seen);
     ensure!(verdict == case.expected, "{verdict:?} in place of {:?}", case.expected);
-    let (_, found) = kernel.run(case.program, &packet, 0)?;
+    if verdict == Verdict::ForwardIntoPod {
+        // Which the adapter writes, for it has asked the routing.
+        seen.bytes[..12].copy_from_slice(node::INTO_POD.as_flattened());
+    }
+    let (_, found) = kernel.run_at(delivery.interface(case.program), case.program, &packet, 0)?;
     ensure!(found == seen, "the kernel makes something else of it");
     Ok(host.lookups.get())
 }
 
 /// What the packet core does with it on a host.
 fn core(tables: &HostTables, program: &str, packet: &mut HostPacket) -> Verdict {
-    if program == REQUEST {
-        proxier_ebpf::request(packet, tables, Origin::Outside)
-    } else {
-        proxier_ebpf::reply(packet, tables, DELIVERY_STACK)
+    let mut path = None;
+    match program {
+        REQUEST => match proxier_ebpf::request(packet, tables, Origin::Outside) {
+            verdict @ (Verdict::Forward | Verdict::ForwardIntoPod) => {
+                let way = proxier_ebpf::forward(packet, &mut path);
+                if matches!(way, Ok(Way::Open)) { verdict } else { Verdict::Rewritten }
+            }
+            verdict => verdict,
+        },
+        DIRECT_REPLY => {
+            packet.link = node::POD_LINK;
+            proxier_ebpf::reply_directly(packet, tables, &mut path)
+        }
+        _ => proxier_ebpf::reply(packet, tables, DELIVERY_STACK),
     }
 }
 
 /// Nanoseconds of a run, each by itself; in the middle of all.
 fn singles(
     program: BorrowedFd<'_>,
+    interface: u32,
     runs: u32,
     packet: impl Fn(u32) -> HostPacket,
     expected: i32,
 ) -> anyhow::Result<f64> {
     let mut taken = Vec::new();
     for number in 0..runs {
-        let outcome = test_run(program, &packet(number).bytes, 1, 0)?;
+        let outcome = test_run(program, interface, &packet(number).bytes, 1, 0)?;
         ensure!(outcome.code == expected, "run {number} returned {}", outcome.code);
         taken.push(outcome.duration.as_nanos() as f64);
     }
@@ -339,7 +427,7 @@ fn singles(
 fn repeated(program: BorrowedFd<'_>, packet: &HostPacket) -> anyhow::Result<f64> {
     let mut fastest = f64::INFINITY;
     for _ in 0..10 {
-        let outcome = test_run(program, &packet.bytes, REPETITIONS, 0)?;
+        let outcome = test_run(program, LOOPBACK, &packet.bytes, REPETITIONS, 0)?;
         fastest = fastest.min(outcome.duration.as_nanos() as f64);
     }
     Ok(fastest)

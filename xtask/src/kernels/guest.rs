@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use aya::util::KernelVersion;
+use proxier_common::{TCX_SINCE, is_linux_since};
 use proxier_tests::{
     agent::Agent,
     exchange::Protocol,
@@ -29,8 +29,7 @@ const PORT: u16 = 5060;
 pub(super) fn run_checks() -> Result<bool> {
     println!("{}", Line::Started);
     let mut checks = Checks { failed: false, next_port: 40_000 };
-    let has_tcx =
-        KernelVersion::current().context("the version of this kernel")? >= KernelVersion::new(6, 6, 0);
+    let has_tcx = is_linux_since(TCX_SINCE);
     checks.check("the verifier accepts every program", || {
         verify::verify(&Environment::new(false), &build_ebpf::object_path())
     });
@@ -181,8 +180,8 @@ struct Attached {
 
 impl Attached {
     fn on(scenario: &Scenario) -> Result<Self> {
-        let has_tcx = KernelVersion::current()? >= KernelVersion::new(6, 6, 0);
-        let tcx = if has_tcx { tcx_programs(&scenario.lab.node.namespace, UPLINK)? } else { 0 };
+        let tcx =
+            if is_linux_since(TCX_SINCE) { tcx_programs(&scenario.lab.node.namespace, UPLINK)? } else { 0 };
         let clsact = ["ingress", "egress"]
             .map(|side| scenario.on_node("tc", &["filter", "show", "dev", UPLINK, side]))
             .iter()

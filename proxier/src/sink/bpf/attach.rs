@@ -111,7 +111,7 @@ impl Method {
             AttachMode::Clsact => Ok(Self::Clsact),
             AttachMode::Auto if !preflight::has_tcx() => Ok(Self::Clsact),
             AttachMode::Tcx if !preflight::has_tcx() => {
-                let (major, minor) = preflight::FIRST_TCX_KERNEL;
+                let (major, minor) = proxier_common::TCX_SINCE;
                 bail!(
                     "this kernel has no tcx links, which came with Linux {major}.{minor}: use --attach clsact"
                 )

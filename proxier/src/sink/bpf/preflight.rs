@@ -7,17 +7,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use aya::util::KernelVersion;
-use proxier_common::DIRECT_DELIVERY_SINCE;
+use proxier_common::{DIRECT_DELIVERY_SINCE, TCX_SINCE, is_linux_since};
 use thiserror::Error;
 
 use crate::model::Family;
 
 /// The oldest kernel that proxier supports: the first long-term one with every helper used here (`bpf_redirect_neigh`).
 const OLDEST_KERNEL: (u8, u8) = (5, 10);
-
-/// The first kernel with tcx links.
-pub(super) const FIRST_TCX_KERNEL: (u8, u8) = (6, 6);
 
 /// Why this machine will not do.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -77,16 +73,12 @@ pub(super) fn check(pin_path: &Path) -> Result<(), PreflightError> {
 
 /// Whether the running kernel has tcx links.
 pub(super) fn has_tcx() -> bool {
-    is_at_least(FIRST_TCX_KERNEL)
+    is_linux_since(TCX_SINCE)
 }
 
 /// Whether the running kernel takes programs that deliver past its stack.
 pub(super) fn has_direct_delivery() -> bool {
-    is_at_least(DIRECT_DELIVERY_SINCE)
-}
-
-fn is_at_least((major, minor): (u8, u8)) -> bool {
-    KernelVersion::current().is_ok_and(|running| running >= KernelVersion::new(major, minor, 0))
+    is_linux_since(DIRECT_DELIVERY_SINCE)
 }
 
 /// The parameter that lets the node forward packets of a family.
