@@ -51,7 +51,7 @@ fn of_family<F: Family, P: Packet>(
     let length = length_on_wire(packet, offset, &payload);
     let way = packet.find_way(&F::source(&header), &F::destination(&header), length, path);
     if way == Way::Open {
-        F::pass_router(packet, offset, hop_limit, protocol)?;
+        F::pass_router(packet, offset, &header)?;
     }
     Ok(way)
 }

@@ -130,30 +130,27 @@ pub trait Family {
     /// Whether a router may make fragments of a packet with these flags.
     fn may_be_fragmented(flags: u8) -> bool;
 
-    /// Takes one off the `hop_limit` in the header at `offset`, which has this `protocol`, as a router does. It must not be 0.
+    /// Takes one off the hop limit of the packet, as a router does, whose `header` at `offset` has been read since it was written
+    /// to last. It must not be 0.
     ///
     /// # Errors
     ///
     /// The kernel would not write.
-    fn pass_router<P: Packet>(
-        packet: &mut P,
-        offset: u32,
-        hop_limit: u8,
-        protocol: u8,
-    ) -> Result<(), WriteError>;
+    fn pass_router<P: Packet>(packet: &mut P, offset: u32, header: &Self::Header) -> Result<(), WriteError>;
 
-    /// Writes an address `at` bytes into the header at `offset` ([`Family::SOURCE`] or [`Family::DESTINATION`]), and mends the
-    /// header's own checksum.
+    /// Writes an address `at` bytes into the header at `offset` ([`Family::SOURCE`] or [`Family::DESTINATION`]), and a new hop
+    /// limit if there is one, and mends the header's own checksum.
     ///
     /// # Errors
     ///
-    /// The kernel would not write.
+    /// The kernel would not write. If there is a new hop limit, a part of it may have been written.
     fn store_address<P: Packet>(
         packet: &mut P,
         offset: u32,
         at: u32,
         address: Address,
         difference: u32,
+        hop_limit: Option<u8>,
     ) -> Result<(), WriteError>;
 }
 
@@ -161,7 +158,6 @@ pub trait Family {
 #[derive(Clone, Copy, Debug)]
 pub struct V4;
 
-const V4_CHECKSUM: u32 = 10;
 const V4_TIME_TO_LIVE: u32 = 8;
 /// In the first byte of the field.
 const V4_DONT_FRAGMENT: u8 = 0x40;
@@ -199,26 +195,60 @@ const _: () = assert!(size_of::<V4Header>() == 20);
 // SAFETY: integers and byte arrays, without holes.
 unsafe impl Plain for V4Header {}
 
-/// What lies in an IPv4 header from the checksum on, for those who write an address: one write is enough for both.
+/// What of an IPv4 header a router writes, and what lies between: one write is enough for both.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct V4Hop {
+    time_to_live: u8,
+    protocol: u8,
+    checksum: u16,
+}
+
+// SAFETY: 4 bytes of integers, without holes.
+unsafe impl Plain for V4Hop {}
+
+impl V4Hop {
+    /// Where it is in the header.
+    pub const OFFSET: u32 = V4_TIME_TO_LIVE;
+
+    /// With another time to live, and the checksum mended.
+    #[inline(always)]
+    const fn with(self, time_to_live: u8) -> Self {
+        let (old, new) = ([self.time_to_live, self.protocol], [time_to_live, self.protocol]);
+        let difference = checksum::word_difference(u16::from_ne_bytes(old), u16::from_ne_bytes(new));
+        Self { time_to_live, checksum: checksum::apply(self.checksum, difference), ..self }
+    }
+
+    /// As it is written.
+    #[inline(always)]
+    #[must_use]
+    pub const fn bytes(self) -> [u8; 4] {
+        // SAFETY: both types have 4 bytes and every bit pattern is a valid value of both.
+        unsafe { core::mem::transmute(self) }
+    }
+}
+
+/// What lies in an IPv4 header from the time to live on, for those who write an address: one write is enough for all that changes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct V4Addresses {
-    checksum: u16,
+    hop: V4Hop,
     source: [u16; 2],
     destination: [u16; 2],
 }
 
-// SAFETY: 10 bytes of integers, without holes.
+// SAFETY: 12 bytes of integers, without holes.
 unsafe impl Plain for V4Addresses {}
 
 impl V4Addresses {
     /// Where it is in the header.
-    pub const OFFSET: u32 = V4_CHECKSUM;
+    pub const OFFSET: u32 = V4Hop::OFFSET;
 
-    /// Replaces the address that is `at` bytes into the header, and mends the checksum by the `difference`.
+    /// Replaces the address that is `at` bytes into the header, and the time to live if there is a new one; mends the checksum by
+    /// the address's `difference`.
     #[inline(always)]
     #[must_use]
-    pub const fn with(mut self, at: u32, address: Address, difference: u32) -> Self {
+    pub fn with(mut self, at: u32, address: Address, difference: u32, time_to_live: Option<u8>) -> Self {
         let [a, b, c, d] = address.v4_octets();
         let halves = [u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d])];
         if at == V4::SOURCE {
@@ -226,15 +256,18 @@ impl V4Addresses {
         } else {
             self.destination = halves;
         }
-        self.checksum = checksum::apply(self.checksum, difference);
+        self.hop.checksum = checksum::apply(self.hop.checksum, difference);
+        if let Some(time_to_live) = time_to_live {
+            self.hop = self.hop.with(time_to_live);
+        }
         self
     }
 
     /// As it is written.
     #[inline(always)]
     #[must_use]
-    pub const fn bytes(self) -> [u8; 10] {
-        // SAFETY: both types have 10 bytes and every bit pattern is a valid value of both.
+    pub const fn bytes(self) -> [u8; 12] {
+        // SAFETY: both types have 12 bytes and every bit pattern is a valid value of both.
         unsafe { core::mem::transmute(self) }
     }
 }
@@ -311,8 +344,9 @@ impl Family for V4 {
         at: u32,
         address: Address,
         difference: u32,
+        hop_limit: Option<u8>,
     ) -> Result<(), WriteError> {
-        packet.store_v4_address(offset, at, address, difference)
+        packet.store_v4_address(offset, at, address, difference, hop_limit)
     }
 
     #[inline(always)]
@@ -341,18 +375,10 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn pass_router<P: Packet>(
-        packet: &mut P,
-        offset: u32,
-        hop_limit: u8,
-        protocol: u8,
-    ) -> Result<(), WriteError> {
-        let next = hop_limit.wrapping_sub(1);
-        // The word of the header that it shares with the protocol.
-        let word = |time_to_live: u8| u16::from_ne_bytes([time_to_live, protocol]);
-        let difference = checksum::word_difference(word(hop_limit), word(next));
-        packet.adjust_header_checksum(offset + V4_CHECKSUM, difference)?;
-        packet.store_time_to_live(offset + V4_TIME_TO_LIVE, next)
+    fn pass_router<P: Packet>(packet: &mut P, offset: u32, header: &Self::Header) -> Result<(), WriteError> {
+        let V4Header { time_to_live, protocol, checksum, .. } = *header;
+        let hop = V4Hop { time_to_live, protocol, checksum };
+        packet.store_v4_hop(offset, hop.with(time_to_live.wrapping_sub(1)))
     }
 }
 
@@ -509,8 +535,13 @@ impl Family for V6 {
         at: u32,
         address: Address,
         _difference: u32,
+        hop_limit: Option<u8>,
     ) -> Result<(), WriteError> {
-        packet.store_v6_address(offset + at, address)
+        packet.store_v6_address(offset + at, address)?;
+        match hop_limit {
+            Some(hop_limit) => packet.store_hop_limit(offset + V6_HOP_LIMIT, hop_limit),
+            None => Ok(()),
+        }
     }
 
     #[inline(always)]
@@ -539,13 +570,8 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn pass_router<P: Packet>(
-        packet: &mut P,
-        offset: u32,
-        hop_limit: u8,
-        _protocol: u8,
-    ) -> Result<(), WriteError> {
-        packet.store_hop_limit(offset + V6_HOP_LIMIT, hop_limit.wrapping_sub(1))
+    fn pass_router<P: Packet>(packet: &mut P, offset: u32, header: &Self::Header) -> Result<(), WriteError> {
+        packet.store_hop_limit(offset + V6_HOP_LIMIT, header.hop_limit.wrapping_sub(1))
     }
 }
 

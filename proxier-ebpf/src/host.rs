@@ -14,7 +14,7 @@ use proxier_common::{
 
 use crate::{
     checksum,
-    family::V4Addresses,
+    family::{V4Addresses, V4Hop},
     packet::{NetworkHeader, Packet, Plain, Way, WriteError},
     tables::{FlowEntry, InsertError, SessionEntry, Tables},
 };
@@ -125,25 +125,21 @@ impl Packet for HostPacket {
         self.write(offset, &checksum.to_ne_bytes())
     }
 
-    fn adjust_header_checksum(&mut self, offset: u32, difference: u32) -> Result<(), WriteError> {
-        let field: u16 = self.load(offset).ok_or(WriteError)?;
-        self.write(offset, &checksum::apply(field, difference).to_ne_bytes())
-    }
-
     fn store_v4_address(
         &mut self,
         offset: u32,
         at: u32,
         address: Address,
         difference: u32,
+        time_to_live: Option<u8>,
     ) -> Result<(), WriteError> {
         let offset = offset + V4Addresses::OFFSET;
         let old: V4Addresses = self.load(offset).ok_or(WriteError)?;
-        self.write(offset, &old.with(at, address, difference).bytes())
+        self.write(offset, &old.with(at, address, difference, time_to_live).bytes())
     }
 
-    fn store_time_to_live(&mut self, offset: u32, value: u8) -> Result<(), WriteError> {
-        self.write(offset, &[value])
+    fn store_v4_hop(&mut self, offset: u32, hop: V4Hop) -> Result<(), WriteError> {
+        self.write(offset + V4Hop::OFFSET, &hop.bytes())
     }
 
     fn store_hop_limit(&mut self, offset: u32, value: u8) -> Result<(), WriteError> {

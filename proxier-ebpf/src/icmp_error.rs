@@ -94,8 +94,8 @@ pub(crate) fn to_pod<F: Family, P: Packet, T: Tables>(
     }
     let difference = F::difference(external, pod);
     let written = mend_checksums::<F, P>(packet, &outer, &quote, difference, difference)
-        .and_then(|()| F::store_address(packet, quote.offset, F::SOURCE, pod, difference))
-        .and_then(|()| F::store_address(packet, offset, F::DESTINATION, pod, difference));
+        .and_then(|()| F::store_address(packet, quote.offset, F::SOURCE, pod, difference, None))
+        .and_then(|()| F::store_address(packet, offset, F::DESTINATION, pod, difference, None));
     // To conntrack, an error about a conversation that it has not seen is invalid.
     let delivery = if origin.may_be_direct(packet) { flow.delivery } else { DELIVERY_STACK };
     Verdict::of_write(written, Verdict::to_pod(delivery))
@@ -143,8 +143,10 @@ pub(crate) fn to_client<F: Family, P: Packet, T: Tables>(
     let outer_difference = F::difference(outer.source, external);
     let quoted_difference = F::difference(pod, external);
     let written = mend_checksums::<F, P>(packet, &outer, &quote, outer_difference, quoted_difference)
-        .and_then(|()| F::store_address(packet, quote.offset, F::DESTINATION, external, quoted_difference))
-        .and_then(|()| F::store_address(packet, offset, F::SOURCE, external, outer_difference));
+        .and_then(|()| {
+            F::store_address(packet, quote.offset, F::DESTINATION, external, quoted_difference, None)
+        })
+        .and_then(|()| F::store_address(packet, offset, F::SOURCE, external, outer_difference, None));
     // Nobody is told of an error that finds no way, so it need not be the pod's any more.
     let onward = if delivery == DELIVERY_DIRECT { Verdict::Forward } else { Verdict::Rewritten };
     Verdict::of_write(written, onward)

@@ -2,6 +2,8 @@
 
 use proxier_common::Address;
 
+use crate::family::V4Hop;
+
 /// A type that may be read from any bytes of a packet.
 ///
 /// # Safety
@@ -132,15 +134,9 @@ pub trait Packet {
     /// [`WriteError`]; this write has not happened.
     fn store_checksum(&mut self, offset: u32, checksum: u16) -> Result<(), WriteError>;
 
-    /// Adds `difference` to the IPv4 header checksum at `offset`.
-    ///
-    /// # Errors
-    ///
-    /// [`WriteError`]; this write has not happened.
-    fn adjust_header_checksum(&mut self, offset: u32, difference: u32) -> Result<(), WriteError>;
-
     /// Writes an IPv4 address `at` bytes into the header at `offset` ([`V4::SOURCE`](crate::V4) or `DESTINATION`), and mends the
-    /// header's checksum, of which `difference` is the gain. It makes up for the address, so a checksum over the whole packet stays.
+    /// header's checksum, of which `difference` is the gain; and a new time to live, if there is one. The header's checksum makes
+    /// up for both, so a checksum over the whole packet stays.
     ///
     /// # Errors
     ///
@@ -151,14 +147,15 @@ pub trait Packet {
         at: u32,
         address: Address,
         difference: u32,
+        time_to_live: Option<u8>,
     ) -> Result<(), WriteError>;
 
-    /// Writes IPv4's time to live. The header checksum makes up for it.
+    /// Writes time to live and checksum into the IPv4 header at `offset`, of which the one makes up for the other.
     ///
     /// # Errors
     ///
     /// [`WriteError`]; this write has not happened.
-    fn store_time_to_live(&mut self, offset: u32, value: u8) -> Result<(), WriteError>;
+    fn store_v4_hop(&mut self, offset: u32, hop: V4Hop) -> Result<(), WriteError>;
 
     /// Writes IPv6's hop limit.
     ///

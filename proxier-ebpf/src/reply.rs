@@ -156,13 +156,9 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
     }
     // One path for all from here.
     let is_direct = verifier::forget_whether(verdict == Verdict::Direct);
-    let written = send::<F, P>(packet, offset, &reply);
+    let written = send::<F, P>(packet, offset, &reply, is_direct);
     let onward = match reply.delivery {
-        DELIVERY_DIRECT if is_direct => {
-            let Reply { hop_limit, payload, .. } = &reply;
-            let passed = written.and_then(|()| F::pass_router(packet, offset, *hop_limit, payload.protocol));
-            return Some(Verdict::of_write(passed, Verdict::Direct));
-        }
+        DELIVERY_DIRECT if is_direct => Verdict::Direct,
         DELIVERY_DIRECT => Verdict::FromUplink,
         _ => Verdict::Rewritten,
     };
@@ -276,10 +272,17 @@ fn lead_rest<F: Family, T: Tables>(tables: &T, reply: &Reply, verdict: Verdict) 
     }
 }
 
+/// Past the stack, the packet passes a router here.
 #[inline(never)]
-fn send<F: Family, P: Packet>(packet: &mut P, offset: u32, reply: &Reply) -> Result<(), WriteError> {
+fn send<F: Family, P: Packet>(
+    packet: &mut P,
+    offset: u32,
+    reply: &Reply,
+    passes_router: bool,
+) -> Result<(), WriteError> {
     let Reply { pod, peer, external, payload, transport, .. } = reply;
-    let replacement = Replacement { old: *pod, new: *external, other: *peer };
+    let hop_limit = passes_router.then_some(reply.hop_limit.wrapping_sub(1));
+    let replacement = Replacement { old: *pod, new: *external, other: *peer, hop_limit };
     rewrite::address::<F, P>(packet, (offset, F::SOURCE), payload, transport, &replacement)
 }
 

@@ -224,7 +224,7 @@ fn deliver<F: Family, P: Packet>(
     placement: &Placement,
 ) -> Result<(), WriteError> {
     let Request { destination: ExternalKey { external }, peer, payload, transport, .. } = request;
-    let replacement = Replacement { old: *external, new: placement.pod, other: *peer };
+    let replacement = Replacement { old: *external, new: placement.pod, other: *peer, hop_limit: None };
     rewrite::address::<F, P>(packet, (offset, F::DESTINATION), payload, transport, &replacement)
 }
 

@@ -18,6 +18,8 @@ pub struct Replacement {
     pub new: Address,
     /// The packet's other address, which stays.
     pub other: Address,
+    /// The hop limit to be, if it is another than now.
+    pub hop_limit: Option<u8>,
 }
 
 /// Replaces the address that is `at` bytes ([`Family::SOURCE`] or [`Family::DESTINATION`]) into the header at `offset`.
@@ -34,7 +36,7 @@ pub fn address<F: Family, P: Packet>(
     replacement: &Replacement,
 ) -> Result<(), WriteError> {
     let difference = transport_checksum::<F, P>(packet, payload, transport, replacement)?;
-    F::store_address(packet, offset, at, replacement.new, difference)
+    F::store_address(packet, offset, at, replacement.new, difference, replacement.hop_limit)
 }
 
 /// Makes a packet from `pod` to `external` one from `external` to `pod`. Every sum over both addresses stays what it was.
@@ -49,8 +51,8 @@ pub fn exchange<F: Family, P: Packet>(
     external: Address,
     pod: Address,
 ) -> Result<(), WriteError> {
-    F::store_address(packet, offset, F::SOURCE, external, F::difference(pod, external))?;
-    F::store_address(packet, offset, F::DESTINATION, pod, F::difference(external, pod))
+    F::store_address(packet, offset, F::SOURCE, external, F::difference(pod, external), None)?;
+    F::store_address(packet, offset, F::DESTINATION, pod, F::difference(external, pod), None)
 }
 
 /// The transport checksum goes first: it is the write that fails if the packet cannot be made writable, and then

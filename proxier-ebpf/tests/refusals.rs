@@ -9,6 +9,7 @@ use common::*;
 use proxier_common::{Address, DELIVERY_STACK, DropReason};
 use proxier_ebpf::{
     InsertError, NetworkHeader, Origin, Packet, Plain, Tables, Verdict,
+    family::V4Hop,
     host::{HostPacket, HostTables},
     packet::WriteError,
 };
@@ -66,8 +67,8 @@ impl Packet for Refusing {
         self.packet.is_of_link(interface)
     }
 
-    fn store_time_to_live(&mut self, offset: u32, value: u8) -> Result<(), WriteError> {
-        self.if_written(|packet| packet.store_time_to_live(offset, value))
+    fn store_v4_hop(&mut self, offset: u32, hop: V4Hop) -> Result<(), WriteError> {
+        self.if_written(|packet| packet.store_v4_hop(offset, hop))
     }
 
     fn store_hop_limit(&mut self, offset: u32, value: u8) -> Result<(), WriteError> {
@@ -107,18 +108,15 @@ impl Packet for Refusing {
         self.if_written(|packet| packet.store_checksum(offset, checksum))
     }
 
-    fn adjust_header_checksum(&mut self, offset: u32, difference: u32) -> Result<(), WriteError> {
-        self.if_written(|packet| packet.adjust_header_checksum(offset, difference))
-    }
-
     fn store_v4_address(
         &mut self,
         offset: u32,
         at: u32,
         address: Address,
         difference: u32,
+        time_to_live: Option<u8>,
     ) -> Result<(), WriteError> {
-        self.if_written(|packet| packet.store_v4_address(offset, at, address, difference))
+        self.if_written(|packet| packet.store_v4_address(offset, at, address, difference, time_to_live))
     }
 
     fn store_v6_address(&mut self, offset: u32, address: Address) -> Result<(), WriteError> {
@@ -220,9 +218,8 @@ fn a_host_packet_is_not_read_or_written_past_its_end() {
     assert_eq!(packet.load::<[u8; 4]>(17), None);
     assert_eq!(packet.load::<u8>(u32::MAX), None);
     assert_eq!(packet.store_checksum(19, 0), Err(WriteError));
-    assert_eq!(packet.adjust_header_checksum(19, 0), Err(WriteError));
     assert_eq!(packet.adjust_transport_checksum(19, 0, false), Err(WriteError));
-    assert_eq!(packet.store_v4_address(1, 16, Address::UNSPECIFIED, 0), Err(WriteError));
+    assert_eq!(packet.store_v4_address(1, 16, Address::UNSPECIFIED, 0, None), Err(WriteError));
     assert_eq!(packet.store_v6_address(5, Address::UNSPECIFIED), Err(WriteError));
     assert_eq!(packet, original);
     packet.store_checksum(18, 0).unwrap();

@@ -8,7 +8,7 @@ use aya_ebpf::{
 };
 use proxier_common::Address;
 use proxier_ebpf::{
-    family::V4Addresses,
+    family::{V4Addresses, V4Hop},
     packet::{NetworkHeader, Packet, Plain, Way, WriteError},
     verifier,
 };
@@ -258,26 +258,24 @@ impl<const LINK_HEADER: u32> Packet for Skb<'_, LINK_HEADER> {
     }
 
     #[inline(always)]
-    fn adjust_header_checksum(&mut self, offset: u32, difference: u32) -> Result<(), WriteError> {
-        self.context.l3_csum_replace(offset as usize, 0, u64::from(difference), 0).map_err(|_| WriteError)
-    }
-
-    #[inline(always)]
     fn store_v4_address(
         &mut self,
         offset: u32,
         at: u32,
         address: Address,
         difference: u32,
+        time_to_live: Option<u8>,
     ) -> Result<(), WriteError> {
         let offset = offset + V4Addresses::OFFSET;
         let old: V4Addresses = self.load_header(offset).ok_or(WriteError)?;
-        self.context.store(offset as usize, &old.with(at, address, difference), 0).map_err(|_| WriteError)
+        self.context
+            .store(offset as usize, &old.with(at, address, difference, time_to_live), 0)
+            .map_err(|_| WriteError)
     }
 
     #[inline(always)]
-    fn store_time_to_live(&mut self, offset: u32, value: u8) -> Result<(), WriteError> {
-        self.context.store(offset as usize, &value, 0).map_err(|_| WriteError)
+    fn store_v4_hop(&mut self, offset: u32, hop: V4Hop) -> Result<(), WriteError> {
+        self.context.store((offset + V4Hop::OFFSET) as usize, &hop, 0).map_err(|_| WriteError)
     }
 
     #[inline(always)]

@@ -12,7 +12,7 @@ use aya_ebpf::{
 use proxier_common::{Address, DropReason, XdpDevice};
 use proxier_ebpf::{
     Verdict, checksum,
-    family::V4Addresses,
+    family::{V4Addresses, V4Hop},
     packet::{NetworkHeader, Packet, Plain, Way, WriteError},
     verifier,
 };
@@ -280,27 +280,22 @@ impl Packet for Frame<'_> {
     }
 
     #[inline(always)]
-    fn adjust_header_checksum(&mut self, offset: u32, difference: u32) -> Result<(), WriteError> {
-        let field: u16 = self.load(offset).ok_or(WriteError)?;
-        self.store(offset, checksum::apply(field, difference))
-    }
-
-    #[inline(always)]
     fn store_v4_address(
         &mut self,
         offset: u32,
         at: u32,
         address: Address,
         difference: u32,
+        time_to_live: Option<u8>,
     ) -> Result<(), WriteError> {
         let offset = offset + V4Addresses::OFFSET;
         let old: V4Addresses = self.load(offset).ok_or(WriteError)?;
-        self.store(offset, old.with(at, address, difference))
+        self.store(offset, old.with(at, address, difference, time_to_live))
     }
 
     #[inline(always)]
-    fn store_time_to_live(&mut self, offset: u32, value: u8) -> Result<(), WriteError> {
-        self.store(offset, value)
+    fn store_v4_hop(&mut self, offset: u32, hop: V4Hop) -> Result<(), WriteError> {
+        self.store(offset + V4Hop::OFFSET, hop)
     }
 
     #[inline(always)]

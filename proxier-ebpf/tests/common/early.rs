@@ -3,6 +3,7 @@
 use proxier_common::Address;
 use proxier_ebpf::{
     NetworkHeader, Packet,
+    family::V4Hop,
     host::HostPacket,
     packet::{Plain, Way, WriteError},
 };
@@ -97,22 +98,19 @@ impl Packet for Early {
         self.packet.store_checksum(offset, checksum)
     }
 
-    fn adjust_header_checksum(&mut self, offset: u32, difference: u32) -> Result<(), WriteError> {
-        self.packet.adjust_header_checksum(offset, difference)
-    }
-
     fn store_v4_address(
         &mut self,
         offset: u32,
         at: u32,
         address: Address,
         difference: u32,
+        time_to_live: Option<u8>,
     ) -> Result<(), WriteError> {
-        self.packet.store_v4_address(offset, at, address, difference)
+        self.packet.store_v4_address(offset, at, address, difference, time_to_live)
     }
 
-    fn store_time_to_live(&mut self, offset: u32, value: u8) -> Result<(), WriteError> {
-        self.packet.store_time_to_live(offset, value)
+    fn store_v4_hop(&mut self, offset: u32, hop: V4Hop) -> Result<(), WriteError> {
+        self.packet.store_v4_hop(offset, hop)
     }
 
     fn store_hop_limit(&mut self, offset: u32, value: u8) -> Result<(), WriteError> {
