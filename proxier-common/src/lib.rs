@@ -131,6 +131,9 @@ pub struct PodValue {
 /// instructions).
 pub const DIRECT_DELIVERY_SINCE: (u8, u8) = (6, 4);
 
+/// The first Linux that lends programs the clock as of the last tick (`bpf_ktime_get_coarse_ns`).
+pub const COARSE_CLOCK_SINCE: (u8, u8) = (5, 11);
+
 /// The first Linux with tcx links.
 pub const TCX_SINCE: (u8, u8) = (6, 6);
 

@@ -12,7 +12,7 @@ use aya::{
     programs::{Program, ProgramError, ProgramInfo, ProgramType},
 };
 use comfy_table::{CellAlignment, Table, presets::NOTHING};
-use proxier_common::{DIRECT_DELIVERY_SINCE, is_linux_since};
+use proxier_common::{COARSE_CLOCK_SINCE, DIRECT_DELIVERY_SINCE, is_linux_since};
 
 use crate::{
     environment::{Environment, as_root_hint, is_root},
@@ -53,8 +53,10 @@ pub(crate) fn verify(environment: &Environment, object: &Path) -> Result<()> {
     let pins = PinFolder::new()?;
     // As the agent does.
     let direct_delivery = u8::from(is_linux_since(DIRECT_DELIVERY_SINCE));
+    let coarse_clock = u8::from(is_linux_since(COARSE_CLOCK_SINCE));
     let mut ebpf = EbpfLoader::new()
         .override_global("DIRECT_DELIVERY", &direct_delivery, true)
+        .override_global("COARSE_CLOCK", &coarse_clock, true)
         .default_map_pin_directory(&pins.0)
         .verifier_log_level(VerifierLogLevel::DEBUG | VerifierLogLevel::STATS)
         .load_file(object)

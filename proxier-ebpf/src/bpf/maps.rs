@@ -8,7 +8,7 @@ use core::{
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_F_NO_PREALLOC, BPF_NOEXIST},
     btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, lpm_trie::Key},
-    helpers::bpf_ktime_get_ns,
+    helpers::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns},
     macros::btf_map,
 };
 use proxier_common::{
@@ -116,6 +116,12 @@ pub(super) fn count_drop(counter: u32) {
 /// The maps of this object.
 pub(super) struct KernelTables;
 
+/// Whether the clock as of the last tick will do, which is there since [`COARSE_CLOCK_SINCE`](proxier_common::COARSE_CLOCK_SINCE): to
+/// ask the hardware what time it is takes longer than a look-up, and all that is noted are seconds. The agent writes it before the
+/// kernel reads the program, which then leaves out the other.
+#[unsafe(no_mangle)]
+static COARSE_CLOCK: u8 = 1;
+
 /// A value in a map, seen as words.
 ///
 /// It outlives the program's run (RCU), but other CPUs read and write it at the same time. Volatile accesses by whole
@@ -201,8 +207,10 @@ impl Tables for KernelTables {
 
     #[inline(always)]
     fn now(&self) -> u64 {
-        // SAFETY: a helper without arguments.
-        unsafe { bpf_ktime_get_ns() }
+        // SAFETY: a static, which nobody writes to. Volatile: to the compiler it would be the constant that it is here.
+        let is_coarse = unsafe { ptr::read_volatile(&raw const COARSE_CLOCK) != 0 };
+        // SAFETY: helpers without arguments.
+        if is_coarse { unsafe { bpf_ktime_get_coarse_ns() } } else { unsafe { bpf_ktime_get_ns() } }
     }
 
     #[inline(always)]

@@ -3,7 +3,7 @@
 use anyhow::Context as _;
 use proxier_common::timeout::SECOND;
 
-/// `CLOCK_MONOTONIC` in nanoseconds, which is what `bpf_ktime_get_ns` returns.
+/// `CLOCK_MONOTONIC` in nanoseconds, which is what `bpf_ktime_get_ns` returns, and as of the last tick `bpf_ktime_get_coarse_ns`.
 ///
 /// # Errors
 ///

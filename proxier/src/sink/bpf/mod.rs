@@ -461,12 +461,14 @@ fn load(pin_path: &Path, local_clients: bool) -> anyhow::Result<Ebpf> {
     let pins: Vec<_> = tables::pins(pin_path).collect();
     let node_clients = u8::from(local_clients);
     let direct_delivery = u8::from(preflight::has_direct_delivery());
+    let coarse_clock = u8::from(preflight::has_coarse_clock());
     let namespace = xdp::network_namespace()?;
     let mut loader = EbpfLoader::new();
     loader.verifier_log_level(VerifierLogLevel::STATS);
     // Else they would speak to the pod, and be answered by an address that they do not know.
     loader.override_global("NODE_CLIENTS", &node_clients, true);
     loader.override_global("DIRECT_DELIVERY", &direct_delivery, true);
+    loader.override_global("COARSE_CLOCK", &coarse_clock, true);
     loader.override_global("NETWORK_NAMESPACE", &namespace, true);
     for (map, path) in &pins {
         loader.map_pin_path(map, path.as_path());

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use proxier_common::{DIRECT_DELIVERY_SINCE, TCX_SINCE, is_linux_since};
+use proxier_common::{COARSE_CLOCK_SINCE, DIRECT_DELIVERY_SINCE, TCX_SINCE, is_linux_since};
 use thiserror::Error;
 
 use crate::model::Family;
@@ -79,6 +79,11 @@ pub(super) fn has_tcx() -> bool {
 /// Whether the running kernel takes programs that deliver past its stack.
 pub(super) fn has_direct_delivery() -> bool {
     is_linux_since(DIRECT_DELIVERY_SINCE)
+}
+
+/// Whether the running kernel lends programs the clock as of the last tick.
+pub(super) fn has_coarse_clock() -> bool {
+    is_linux_since(COARSE_CLOCK_SINCE)
 }
 
 /// The parameter that lets the node forward packets of a family.
