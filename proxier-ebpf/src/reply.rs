@@ -273,7 +273,7 @@ fn lead_rest<F: Family, T: Tables>(tables: &T, reply: &Reply, verdict: Verdict) 
 }
 
 /// Past the stack, the packet passes a router here.
-#[inline(never)]
+#[inline(always)]
 fn send<F: Family, P: Packet>(
     packet: &mut P,
     offset: u32,

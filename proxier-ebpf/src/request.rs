@@ -216,7 +216,7 @@ fn send_back<F: Family, P: Packet>(packet: &mut P, offset: u32, request: &Reques
     rewrite::exchange::<F, P>(packet, offset, request.destination.external, request.peer)
 }
 
-#[inline(never)]
+#[inline(always)]
 fn deliver<F: Family, P: Packet>(
     packet: &mut P,
     offset: u32,
