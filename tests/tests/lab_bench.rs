@@ -48,6 +48,7 @@ fn every_arm_gives_every_figure_and_its_traffic_goes_the_arms_way() {
         "wire",
         "route",
         "route-again",
+        "route-tracked",
         "iptables",
         "nft",
         "nft@1k",

@@ -16,6 +16,8 @@ pub enum Kind {
     Route,
     /// The same in a second lab: how far two equal arms are apart is what a difference has to exceed.
     RouteAgain,
+    /// The same on a node that tracks connections, as one with kube-proxy does.
+    RouteTracked,
     /// netfilter, one rule of iptables.
     Iptables,
     /// netfilter, one rule of nftables with a map.
@@ -35,10 +37,11 @@ pub enum Kind {
 
 impl Kind {
     /// All of them, in the order of tables.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Wire,
         Self::Route,
         Self::RouteAgain,
+        Self::RouteTracked,
         Self::Iptables,
         Self::Nft,
         Self::NftStateless,
@@ -55,6 +58,7 @@ impl Kind {
             Self::Wire => "wire",
             Self::Route => "route",
             Self::RouteAgain => "route-again",
+            Self::RouteTracked => "route-tracked",
             Self::Iptables => "iptables",
             Self::Nft => "nft",
             Self::NftStateless => "nft-stateless",
@@ -72,6 +76,7 @@ impl Kind {
             Self::Wire => "client and pod on one veth, no node between them",
             Self::Route => "the node forwards to the pod's own address, nothing is rewritten",
             Self::RouteAgain => "route in a second lab: the difference is noise",
+            Self::RouteTracked => "route on a node with connection tracking",
             Self::Iptables => "one DNAT rule of iptables, connection tracking",
             Self::Nft => "one DNAT rule of nftables with a map, connection tracking",
             Self::NftStateless => "nftables maps rewriting both directions, no connection tracking",
@@ -216,6 +221,7 @@ mod tests {
             "wire",
             "route",
             "route-again",
+            "route-tracked",
             "iptables",
             "nft",
             "nft-stateless",

@@ -90,7 +90,7 @@ impl Network {
 pub struct Way {
     /// Somebody between client and pod counted the hop.
     pub forwarded: bool,
-    /// Connection tracking of the node has it, with the pod's address in place of the external one.
+    /// Connection tracking of the node has it, and expects the answers from the pod.
     pub tracked: bool,
     /// How the agent delivers it, if its table of flows has it.
     pub flow: Option<Delivery>,
@@ -113,7 +113,7 @@ impl Way {
     pub const fn of(kind: Kind) -> Self {
         Self {
             forwarded: !matches!(kind, Kind::Wire),
-            tracked: matches!(kind, Kind::Iptables | Kind::Nft | Kind::Iptables10k),
+            tracked: matches!(kind, Kind::RouteTracked | Kind::Iptables | Kind::Nft | Kind::Iptables10k),
             flow: match kind {
                 Kind::ProxierDirect => Some(Delivery::Direct),
                 Kind::ProxierStack | Kind::ProxierXdp => Some(Delivery::Stack),
@@ -142,7 +142,7 @@ impl Ground {
             _ => Network::Lab(Box::new(Lab::build(&spec)?)),
         };
         let target = match arm.kind {
-            Kind::Wire | Kind::Route | Kind::RouteAgain => POD,
+            Kind::Wire | Kind::Route | Kind::RouteAgain | Kind::RouteTracked => POD,
             Kind::Iptables10k => external(services.saturating_sub(1)),
             _ => external(arm.addresses - 1),
         };
@@ -290,6 +290,7 @@ fn set_up(arm: Arm, services: u32, lab: &Lab, agent: &Path, work: &Path) -> anyh
     let node = &lab.node.namespace;
     match arm.kind {
         Kind::Wire | Kind::Route | Kind::RouteAgain => {}
+        Kind::RouteTracked => feed(node, &["nft", "-f", "-"], rules::TRACKED)?,
         Kind::Iptables => feed(node, &["iptables-restore"], &rules::iptables(external(0), POD))?,
         Kind::Iptables10k => feed(node, &["iptables-restore"], &rules::kube_proxy(services, POD, &PORTS))?,
         Kind::Nft => feed(node, &["nft", "-f", "-"], &rules::nft(arm.addresses, POD))?,

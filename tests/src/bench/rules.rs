@@ -13,6 +13,12 @@ fn absent(index: u32) -> Ipv4Addr {
     Ipv4Addr::from(u32::from(Ipv4Addr::new(11, 16, 0, 0)) + index)
 }
 
+/// For `nft -f`: a rule that wants to know of each packet which connection it belongs to, and lets all of them go on, as the first one
+/// of kube-proxy's in `KUBE-FORWARD`.
+pub const TRACKED: &str = "table ip bench {\n\
+     chain forward {\ntype filter hook forward priority filter; policy accept;\n\
+     ct state invalid drop\n}\n}\n";
+
 /// For `iptables-restore`: all of `external` to `pod`, in the kernel for requests of others as of the node.
 #[must_use]
 pub fn iptables(external: Ipv4Addr, pod: Ipv4Addr) -> String {
