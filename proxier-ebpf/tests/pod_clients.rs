@@ -23,6 +23,28 @@ fn a_pod_reaches_another_through_the_external_address() {
 }
 
 #[test]
+fn what_a_pod_asks_of_another_is_no_answer_to_a_question_of_that_one() {
+    for net in BOTH {
+        for protocol in [TCP, UDP] {
+            // Both serve, each by an address of its own, and each is the other's client between the same two ports.
+            let (there, back) =
+                (tables(&[net.external], &[net.other_pod]), tables(&[net.external], &[net.pod]));
+            request_of_pod(&mut plain(net.other_pod, net.external, protocol, (7_000, 7_001)), &back);
+            let mut packet = plain(net.pod, net.external, protocol, (7_001, 7_000));
+            assert_eq!(request_of_pod(&mut packet, &there), Verdict::Rewritten);
+            let asked = packet.clone();
+            back.lookups.set(0);
+            assert_eq!(proxier_ebpf::reply_to_pod(&mut packet, &back), Verdict::Next, "{protocol}");
+            assert_eq!((&packet, back.lookups.get()), (&asked, 0), "it goes in as it was asked");
+            // The answer has the same addresses and ports, and nobody has rewritten it yet.
+            let mut answer = plain(net.pod, net.other_pod, protocol, (7_001, 7_000));
+            assert_eq!(proxier_ebpf::reply_to_pod(&mut answer, &back), Verdict::Rewritten, "{protocol}");
+            assert_eq!(seen(&answer).source, net.external);
+        }
+    }
+}
+
+#[test]
 fn a_pod_that_is_its_own_backend_gets_its_packet_back_from_the_external_address() {
     for net in BOTH {
         for protocol in ALL_PROTOCOLS {
