@@ -5,9 +5,11 @@
 
 use std::{
     cell::RefCell,
-    io::IoSliceMut,
+    io::{self, IoSliceMut},
     mem::size_of,
+    ops::Deref,
     os::fd::AsRawFd as _,
+    thread,
     time::{Duration, SystemTime},
 };
 
@@ -51,10 +53,38 @@ pub struct Frame {
     pub packet: Option<Packet>,
 }
 
+/// A packet socket. To close one takes the kernel a grace period of RCU, tens of milliseconds, in which a test would do nothing: a
+/// thread of its own waits for that.
+#[derive(Debug)]
+pub(crate) struct PacketSocket(Option<Socket>);
+
+impl PacketSocket {
+    /// Protocol 0 keeps it silent until it is bound: nothing of other interfaces slips in.
+    pub(crate) fn open() -> io::Result<Self> {
+        Ok(Self(Some(Socket::new(Domain::PACKET, Type::RAW, None)?)))
+    }
+}
+
+impl Deref for PacketSocket {
+    type Target = Socket;
+
+    fn deref(&self) -> &Socket {
+        self.0.as_ref().expect("it is taken out by `drop` alone")
+    }
+}
+
+impl Drop for PacketSocket {
+    fn drop(&mut self) {
+        let socket = self.0.take();
+        // Without a thread it is closed here.
+        let _ = thread::Builder::new().spawn(move || drop(socket));
+    }
+}
+
 /// Frames of one interface since it was started.
 #[derive(Debug)]
 pub struct Capture {
-    socket: Socket,
+    socket: PacketSocket,
     name: String,
     frames: RefCell<Vec<Frame>>,
 }
@@ -142,12 +172,11 @@ impl Capture {
     }
 }
 
-fn open(interface: &str) -> anyhow::Result<Socket> {
-    // Protocol 0 keeps the socket silent until it is bound: nothing of other interfaces slips in.
-    let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
+fn open(interface: &str) -> anyhow::Result<PacketSocket> {
+    let socket = PacketSocket::open()?;
     socket.set_nonblocking(true)?;
-    setsockopt(&socket, RcvBufForce, &QUEUE_BYTES)?;
-    setsockopt(&socket, ReceiveTimestampns, &true)?;
+    setsockopt(&*socket, RcvBufForce, &QUEUE_BYTES)?;
+    setsockopt(&*socket, ReceiveTimestampns, &true)?;
     set_packet_option(&socket, libc::PACKET_AUXDATA, 1)?;
     let index = nix::net::if_::if_nametoindex(interface)?;
     socket.bind(&link_address(index, u16::try_from(libc::ETH_P_ALL)?.to_be())?)?;

@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
-    capture::{Capture, link_address},
+    capture::{Capture, PacketSocket, link_address},
     inbox::Inbox,
     netns::Namespace,
     packets::{Packet, protocol},
@@ -138,7 +138,7 @@ impl Host {
         self.namespace.enter(|| match self.output {
             Output::Link { mac, gateway_mac } => {
                 // One for all: closing such a socket takes the kernel a grace period of RCU.
-                let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
+                let socket = PacketSocket::open()?;
                 let index = nix::net::if_::if_nametoindex(self.interface.as_str())?;
                 socket.bind(&link_address(index, 0)?)?;
                 packets.iter().try_for_each(|packet| {

@@ -126,12 +126,22 @@ fn tracked(scenario: &Scenario, address: IpAddr) -> Vec<String> {
     table.lines().filter(|line| line.contains(&word)).map(str::to_owned).collect()
 }
 
-/// Tries the cells of `clients`, with pods that are linked so, and the node's `rules`.
-fn matrix(
-    (network, flags, offloads): (PodNetwork, u32, bool),
-    rules: &str,
-    clients: &[Client],
-) -> anyhow::Result<Table> {
+/// How pods are connected, the flags of their links, and whether offloads are on.
+type Linked = (PodNetwork, u32, bool);
+
+/// Tries the cells of `clients` in all `labs` at once, with the node's `rules`.
+fn matrix<const N: usize>(labs: [Linked; N], rules: &str, clients: &[Client]) -> Table {
+    let mut table = Table::default();
+    std::thread::scope(|scope| {
+        let tried = labs.map(|lab| scope.spawn(move || matrix_of(lab, rules, clients).unwrap()));
+        for tried in tried {
+            table.extend(tried.join().unwrap());
+        }
+    });
+    table
+}
+
+fn matrix_of((network, flags, offloads): Linked, rules: &str, clients: &[Client]) -> anyhow::Result<Table> {
     let ground = Ground::with(network, offloads, &DIRECT);
     link_pods(ground.scenario(), network, flags);
     nft(ground.scenario(), rules);
@@ -155,26 +165,22 @@ fn assert_passed(table: &Table, title: &str, clients: usize) {
 #[test]
 fn clients_outside_are_served_directly_in_every_cell_of_the_matrix_whatever_netfilter_is_told() {
     skip_unless_root!();
-    let mut table = Table::default();
-    for lab in [
+    let labs = [
         (PodNetwork::PointToPoint, POD_HAS_PEER, true),
         (PodNetwork::PointToPoint, 0, true),
         (PodNetwork::Bridge, 0, true),
         (PodNetwork::PointToPoint, POD_HAS_PEER, false),
         (PodNetwork::Bridge, 0, false),
-    ] {
-        table.extend(matrix(lab, USUAL_RULES, &[Client::Outside]).unwrap());
-    }
+    ];
+    let table = matrix(labs, USUAL_RULES, &[Client::Outside]);
     assert_passed(&table, "matrix-direct", 1);
 }
 
 #[test]
 fn all_other_clients_are_served_as_ever_beside_those_that_are_served_directly() {
     skip_unless_root!();
-    let mut table = Table::default();
-    for lab in [(PodNetwork::PointToPoint, POD_HAS_PEER, true), (PodNetwork::Bridge, 0, true)] {
-        table.extend(matrix(lab, "", &Client::ALL).unwrap());
-    }
+    let labs = [(PodNetwork::PointToPoint, POD_HAS_PEER, true), (PodNetwork::Bridge, 0, true)];
+    let table = matrix(labs, "", &Client::ALL);
     assert_passed(&table, "matrix-beside-direct", Client::ALL.len());
 }
 
