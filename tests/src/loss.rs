@@ -14,51 +14,75 @@ use crate::{netns::Namespace, scenario::Scenario};
 /// Room for ten seconds of datagrams.
 const RECEIVE_BUFFER: usize = 16 << 20;
 
-/// Sends numbered datagrams to `external` while `work` goes on, and returns how many were sent and which of them
-/// were never answered.
+/// How many datagrams were sent, and which of them were never answered.
+pub type Loss = (u32, BTreeSet<u32>);
+
+/// Sends numbered datagrams to `external` while `work` goes on.
 ///
 /// # Panics
 ///
 /// When `work` does, nothing can be sent, or datagrams were lost in the sockets of client or pods, of which nothing can be said.
-pub fn lost_during(
+pub fn lost_during(scenario: &mut Scenario, external: IpAddr, work: impl FnOnce(&mut Scenario)) -> Loss {
+    let [loss] = lost_of_each_during(scenario, [external], work);
+    loss
+}
+
+/// As [`lost_during`], to all `externals` at the same time.
+///
+/// # Panics
+///
+/// As [`lost_during`].
+pub fn lost_of_each_during<const N: usize>(
     scenario: &mut Scenario,
-    external: IpAddr,
+    externals: [IpAddr; N],
     work: impl FnOnce(&mut Scenario),
-) -> (u32, BTreeSet<u32>) {
+) -> [Loss; N] {
+    let sockets = externals.map(|external| connected(scenario, external));
+    let stop = AtomicBool::new(false);
+    let overflows = overflows(scenario);
+    let losses = std::thread::scope(|scope| {
+        let ends = sockets.each_ref().map(|socket| {
+            let sender = scope.spawn(|| send(socket, &stop));
+            (sender, scope.spawn(|| received(socket, &stop)))
+        });
+        // Also when the work fails: the threads would wait for ever.
+        let worked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(scenario)));
+        stop.store(true, Ordering::Relaxed);
+        let losses = ends.map(|(sender, receiver)| {
+            let sent = sender.join().expect("the sender goes on");
+            let received = receiver.join().expect("the receiver goes on");
+            (sent, (0..sent).filter(|number| !received.contains(number)).collect())
+        });
+        if let Err(panic) = worked {
+            std::panic::resume_unwind(panic);
+        }
+        losses
+    });
+    assert_eq!(
+        self::overflows(scenario),
+        overflows,
+        "sockets of the lab were full: sent, and missing: {losses:?}"
+    );
+    losses
+}
+
+fn connected(scenario: &Scenario, external: IpAddr) -> UdpSocket {
     let from = SocketAddr::new(scenario.lab.client.address(external), 42000);
     let socket = scenario.lab.client.udp(from).expect("the client can open a socket");
     // What comes while others have this machine's CPUs must wait here: lost here, it would look as if lost on the way.
     sockopt::RcvBufForce.set(&socket, &RECEIVE_BUFFER).expect("root may have a large buffer");
     socket.connect(SocketAddr::new(external, 5060)).expect("the client has a route");
-    let stop = AtomicBool::new(false);
-    let overflows = overflows(scenario);
-    let (sent, lost) = std::thread::scope(|scope| {
-        let sender = scope.spawn(|| {
-            let mut sent = 0_u32;
-            while !stop.load(Ordering::Relaxed) {
-                socket.send(&sent.to_be_bytes()).expect("the client can send");
-                sent += 1;
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            sent
-        });
-        let receiver = scope.spawn(|| received(&socket, &stop));
-        // Also when the work fails: the threads would wait for ever.
-        let worked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(scenario)));
-        stop.store(true, Ordering::Relaxed);
-        let sent = sender.join().expect("the sender goes on");
-        let received = receiver.join().expect("the receiver goes on");
-        if let Err(panic) = worked {
-            std::panic::resume_unwind(panic);
-        }
-        (sent, (0..sent).filter(|number| !received.contains(number)).collect())
-    });
-    assert_eq!(
-        self::overflows(scenario),
-        overflows,
-        "sockets of the lab were full: {lost:?} of {sent} are missing"
-    );
-    (sent, lost)
+    socket
+}
+
+fn send(socket: &UdpSocket, stop: &AtomicBool) -> u32 {
+    let mut sent = 0_u32;
+    while !stop.load(Ordering::Relaxed) {
+        socket.send(&sent.to_be_bytes()).expect("the client can send");
+        sent += 1;
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    sent
 }
 
 /// How many datagrams the sockets of client and pods had no room for.

@@ -24,7 +24,7 @@ use proxier_tests::{
     connection::Connection,
     exchange::{PATIENCE, Protocol, SILENCE},
     host::Host,
-    loss::lost_during,
+    loss::lost_of_each_during,
     matrix::{Client, Table, ground::Ground},
     packets::{Packet, protocol},
     report,
@@ -449,12 +449,13 @@ fn nothing_is_lost_while_the_delivery_changes() {
     let mut scenario = scenario(&LabSpec::unique());
     let plain = fs::read_to_string(scenario.path("service.yaml")).unwrap();
     let mut port = 43_000;
-    for external in externals() {
-        let mut connections = vec![Connection::open(&scenario, external, port)];
-        let (sent, lost) = lost_during(&mut scenario, external, |scenario| {
-            for delivery in ["stack", "direct", "stack", "direct"] {
-                let annotation = format!("  annotations: {{proxier.io/delivery: {delivery}}}\n  labels:");
-                scenario.write("service.yaml", &plain.replacen("  labels:", &annotation, 1));
+    let mut connections: Vec<Connection> =
+        externals().map(|external| Connection::open(&scenario, external, port)).into();
+    let losses = lost_of_each_during(&mut scenario, externals(), |scenario| {
+        for delivery in ["stack", "direct", "stack", "direct"] {
+            let annotation = format!("  annotations: {{proxier.io/delivery: {delivery}}}\n  labels:");
+            scenario.write("service.yaml", &plain.replacen("  labels:", &annotation, 1));
+            for external in externals() {
                 let arrived = wait::until(EDIT_TAKES_EFFECT_WITHIN, || {
                     link_pods(scenario, PodNetwork::PointToPoint, POD_HAS_PEER);
                     port += 1;
@@ -464,17 +465,21 @@ fn nothing_is_lost_while_the_delivery_changes() {
                     let (_, chosen) = flows.iter().find(|(key, _)| key.peer_port == port.to_be()).unwrap();
                     (is_direct(*chosen) == (delivery == "direct")).then_some(())
                 });
-                assert!(arrived.is_some(), "new conversations do not become {delivery}");
+                assert!(arrived.is_some(), "new conversations with {external} do not become {delivery}");
                 port += 1;
                 connections.push(Connection::open(scenario, external, port));
-                for connection in &mut connections {
-                    connection.goes_on(delivery);
-                }
             }
-        });
+            for connection in &mut connections {
+                connection.goes_on(delivery);
+            }
+        }
+    });
+    for (external, (sent, lost)) in externals().into_iter().zip(losses) {
         assert!(sent > 100, "only {sent} datagrams were sent");
         assert!(lost.is_empty(), "{} of {sent} datagrams to {external} were lost: {lost:?}", lost.len());
-        let kinds: BTreeSet<bool> = deliveries(&scenario).iter().map(|(_, kind)| is_direct(*kind)).collect();
+        let client = Address::from(scenario.lab.client.address(external));
+        let flows = deliveries(&scenario).into_iter().filter(|(key, _)| key.peer == client);
+        let kinds: BTreeSet<bool> = flows.map(|(_, kind)| is_direct(kind)).collect();
         assert_eq!(kinds.len(), 2, "both kinds side by side");
     }
 }

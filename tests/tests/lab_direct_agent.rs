@@ -17,7 +17,7 @@ use proxier_tests::{
     connection::Connection,
     exchange::{Protocol, Question, SILENCE},
     http,
-    loss::lost_during,
+    loss::lost_of_each_during,
     manifests,
     neighbour::tcx_programs,
     scenario::{EDIT_TAKES_EFFECT_WITHIN, SERVICE, Scenario, externals},
@@ -200,24 +200,28 @@ fn a_link_that_is_replaced(pod_network: PodNetwork, link: &str) {
     for external in externals() {
         let answers = || answered_by(&scenario, external, 0).ok();
         assert!(wait::until(EDIT_TAKES_EFFECT_WITHIN, answers).is_some());
-        let (sent, lost) = lost_during(&mut scenario, external, |scenario| {
-            std::thread::sleep(Duration::from_millis(300));
-            scenario.lab.node.namespace.ip("link delete pod1\n").unwrap();
-            // A bridge has its route still, and other pods.
-            if pod_network == PodNetwork::PointToPoint {
-                let reasons = wait_for_by_stack(scenario, 2);
-                assert!(reasons.iter().all(|reason| reason.contains("no route")), "{reasons:?}");
-                wait_for_endpoints(scenario, DIRECT, "stack", None);
-                // Not at once: a pod that goes loses its link before its Service loses it.
-                let is_told = |log: &str| log.lines().last().is_some_and(|line| line.contains("no route"));
-                scenario.agent().wait_for_log(EDIT_TAKES_EFFECT_WITHIN, is_told).unwrap();
-            }
-            plug_again(scenario, pod_network);
+    }
+    let losses = lost_of_each_during(&mut scenario, externals(), |scenario| {
+        std::thread::sleep(Duration::from_millis(300));
+        scenario.lab.node.namespace.ip("link delete pod1\n").unwrap();
+        // A bridge has its route still, and other pods.
+        if pod_network == PodNetwork::PointToPoint {
+            let reasons = wait_for_by_stack(scenario, 2);
+            assert!(reasons.iter().all(|reason| reason.contains("no route")), "{reasons:?}");
+            wait_for_endpoints(scenario, DIRECT, "stack", None);
+            // Not at once: a pod that goes loses its link before its Service loses it.
+            let is_told = |log: &str| log.lines().last().is_some_and(|line| line.contains("no route"));
+            scenario.agent().wait_for_log(EDIT_TAKES_EFFECT_WITHIN, is_told).unwrap();
+        }
+        plug_again(scenario, pod_network);
+        for external in externals() {
             let reached = wait::until(EDIT_TAKES_EFFECT_WITHIN, || answered_by(scenario, external, 0).ok());
             assert_eq!(reached.as_deref(), Some(DIRECT));
-            wait_for_endpoints(scenario, DIRECT, "direct", Some(link));
-            std::thread::sleep(Duration::from_secs(1));
-        });
+        }
+        wait_for_endpoints(scenario, DIRECT, "direct", Some(link));
+        std::thread::sleep(Duration::from_secs(1));
+    });
+    for (sent, lost) in losses {
         let first_lost = *lost.first().unwrap();
         assert!(first_lost > 100, "it was delivered before the link went, but {first_lost}");
         let last_lost = *lost.last().unwrap();
@@ -268,20 +272,20 @@ fn switching_loses_nothing(pod_network: PodNetwork) {
         let switched = wait::until(EDIT_TAKES_EFFECT_WITHIN, || is_so().then_some(()));
         assert!(switched.is_some(), "{:?}", scenario.get("services"));
     };
-    for (index, external) in (0..).zip(externals()) {
-        let (sent, lost) = lost_during(&mut scenario, external, |scenario| {
-            for round in 0..2_u16 {
-                for (step, delivery) in (0..).zip(["direct", "stack"]) {
-                    switch(scenario, delivery);
-                    let from_port = 45000 + index * 100 + round * 10 + step;
-                    assert_eq!(answered_by(scenario, external, from_port).as_deref(), Ok(DIRECT));
-                    let flows = scenario.get("flows");
-                    let flow = flows.iter().find(|row| row["peerPort"] == from_port).unwrap();
-                    assert_eq!(flow["delivery"], delivery, "of a new conversation");
-                    std::thread::sleep(Duration::from_millis(200));
-                }
+    let losses = lost_of_each_during(&mut scenario, externals(), |scenario| {
+        for (from_port, delivery) in (45000_u16..).zip(["direct", "stack", "direct", "stack"]) {
+            switch(scenario, delivery);
+            for external in externals() {
+                assert_eq!(answered_by(scenario, external, from_port).as_deref(), Ok(DIRECT));
             }
-        });
+            let flows = scenario.get("flows");
+            let new: Vec<_> = flows.iter().filter(|row| row["peerPort"] == from_port).collect();
+            assert_eq!(new.len(), 2, "{flows:?}");
+            assert!(new.iter().all(|row| row["delivery"] == delivery), "of new conversations: {new:?}");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    });
+    for (external, (sent, lost)) in externals().into_iter().zip(losses) {
         assert!(sent > 400, "only {sent} datagrams were sent");
         assert!(lost.is_empty(), "{} of {sent} to {external} were lost: {lost:?}", lost.len());
     }
@@ -314,16 +318,16 @@ fn nothing_is_lost_over_restarts(pod_network: PodNetwork, attach: &str) {
     let mut scenario = start_both(pod_network, &["--attach", attach]);
     // One packet through the stack would be one too many.
     forbid_forwarding(&scenario, &scenario.pod(DIRECT));
-    for external in externals() {
-        let (sent, lost) = lost_during(&mut scenario, external, |scenario| {
-            for _ in 0..2 {
-                scenario.kill_agent();
-                scenario.start_agent();
+    let losses = lost_of_each_during(&mut scenario, externals(), |scenario| {
+        for end in [Scenario::kill_agent, Scenario::stop_agent] {
+            end(scenario);
+            scenario.start_agent();
+            for external in externals() {
                 assert_eq!(answered_by(scenario, external, 0).as_deref(), Ok(DIRECT), "a new conversation");
             }
-            scenario.stop_agent();
-            scenario.start_agent();
-        });
+        }
+    });
+    for (external, (sent, lost)) in externals().into_iter().zip(losses) {
         assert!(sent > 100, "only {sent} datagrams were sent");
         assert!(lost.is_empty(), "{} of {sent} datagrams to {external} were lost: {lost:?}", lost.len());
     }
