@@ -266,7 +266,7 @@ mod tests {
     }
 
     /// Answers every request so.
-    fn refusing(details: serde_json::Value) -> Client {
+    fn refusing(details: &serde_json::Value) -> Client {
         let status = serde_json::json!({
             "kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 403, "reason": "Forbidden",
             "message": "events.events.k8s.io is forbidden", "details": details,
@@ -291,7 +291,7 @@ mod tests {
             (serde_json::json!(null), true),
         ] {
             let mut publisher = Publisher {
-                client: refusing(details.clone()),
+                client: refusing(&details),
                 node: node.clone(),
                 limits: Limits::new(),
                 observed: observed.clone(),
