@@ -295,6 +295,38 @@ fn a_packet_straight_to_a_pod_ends_the_flow_and_one_that_xdp_rewrote_does_not() 
     }
 }
 
+/// As a port in promiscuous mode sees them. Then the uplink gets that address, and they are for this host.
+#[test]
+fn frames_are_taken_for_the_uplinks_own_mac_address_alone_whatever_that_becomes() {
+    skip_unless_root!();
+    const OTHER: &str = "02:00:00:00:99:99";
+    for ingress in [NATIVE, GENERIC] {
+        let mut scenario = start(ingress);
+        for external in externals() {
+            let gateway = scenario.lab.node.address(external);
+            let neighbour = format!("neighbour replace {gateway} lladdr {OTHER} dev eth0 nud permanent");
+            scenario.lab.client.namespace.ip(&neighbour).unwrap();
+            let question = scenario.question(Protocol::Udp, 42000, external, PORT);
+            let capture = between(&scenario);
+            question.expecting_silence().ask_who(&scenario.lab.client).unwrap().unwrap_err();
+            let seen = destinations(&capture, question.from.ip(), protocol::UDP);
+            assert!(!seen.is_empty() && seen.iter().all(|to| *to == external), "{seen:?}");
+        }
+        scenario.lab.node.namespace.ip(&format!("link set {UPLINK} address {OTHER}")).unwrap();
+        for external in externals() {
+            let question = scenario.question(Protocol::Udp, 43000, external, PORT);
+            let taken = wait::until(EDIT_TAKES_EFFECT_WITHIN, || {
+                let capture = between(&scenario);
+                let _ = scenario.ask(&question);
+                let seen = destinations(&capture, question.from.ip(), protocol::UDP);
+                (!seen.contains(&external)).then_some(())
+            });
+            assert!(taken.is_some(), "{external} is still left to tc: {}", scenario.agent().log());
+            assert_rewritten_early(&scenario, &question);
+        }
+    }
+}
+
 #[test]
 fn nothing_is_lost_over_restarts_and_when_another_ingress_is_chosen() {
     skip_unless_root!();

@@ -375,6 +375,19 @@ mod tests {
     }
 
     #[test]
+    fn a_members_frames_are_seen_at_its_bond_and_a_ports_at_itself() {
+        let mac = [2, 0, 0, 0, 0, 7];
+        let of = |kind, mac: &[u8]| {
+            let port = LinkAttribute::LinkInfo(vec![LinkInfo::PortKind(kind)]);
+            device(7, &[LinkAttribute::Address(mac.to_vec()), port, LinkAttribute::Controller(9)])
+        };
+        assert_eq!(of(InfoPortKind::Bond, &mac), Some(Device { upper: 9, mac }));
+        assert_eq!(of(InfoPortKind::Bridge, &mac), Some(Device { upper: 7, mac }));
+        assert_eq!(of(InfoPortKind::Bond, &[10, 0, 0, 1]), None, "that of a tunnel");
+        assert_eq!(device(7, &[]), None);
+    }
+
+    #[test]
     fn only_unicast_routes_of_length_zero_are_default_routes() {
         let mut route = RouteMessage::default();
         route.header.kind = RouteType::Unicast;
