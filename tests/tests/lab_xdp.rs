@@ -21,13 +21,16 @@ use proxier_tests::{
     packets::{Packet, protocol},
     scenario::{EDIT_TAKES_EFFECT_WITHIN, SERVICE, Scenario, externals},
     skip_unless_root,
-    topology::{LabSpec, UPLINK},
+    topology::{LabSpec, PodNetwork, UPLINK},
     wait,
 };
 
 const PORT: u16 = 5060;
 const NATIVE: [&str; 2] = ["--ingress", "xdp"];
 const GENERIC: [&str; 2] = ["--ingress", "xdp-generic"];
+
+const NO_FORWARDING: &str =
+    "add chain inet firewall forward { type filter hook forward priority filter; policy drop; }";
 
 /// As from a network card: every checksum is complete.
 fn start(ingress: [&str; 2]) -> Scenario {
@@ -60,6 +63,17 @@ fn dropped(scenario: &Scenario, reason: &str, hook: &str) -> u64 {
 fn statistic(scenario: &Scenario, name: &str) -> u64 {
     let rows = scenario.get("statistics");
     rows.iter().find(|row| row["statistic"] == name).unwrap()["count"].as_u64().unwrap()
+}
+
+/// The `--ingress` that the uplink shows.
+fn at_xdp(scenario: &Scenario) -> &'static str {
+    let shown = scenario.on_node("ip", &["link", "show", "dev", UPLINK]);
+    match shown.split([' ', '\n']).find_map(|word| word.strip_prefix("xdp")) {
+        None => "tc",
+        Some("") => "xdp",
+        Some("generic") => "xdp-generic",
+        Some(other) => panic!("{other}: {shown}"),
+    }
 }
 
 fn assert_rewritten_early(scenario: &Scenario, question: &Question) {
@@ -295,6 +309,39 @@ fn a_packet_straight_to_a_pod_ends_the_flow_and_one_that_xdp_rewrote_does_not() 
     }
 }
 
+/// XDP rewrites and tc sends on, into the pod or to the bridge. A firewall lets nothing through the node's stack.
+#[test]
+fn what_is_delivered_directly_is_rewritten_early_and_goes_past_the_stack() {
+    skip_unless_root!();
+    for ingress in [NATIVE, GENERIC] {
+        for network in [PodNetwork::PointToPoint, PodNetwork::Bridge] {
+            let spec = LabSpec { pod_network: network, ..LabSpec::unique() }.without_offloads();
+            let mut scenario = Scenario::start(&spec, &[&ingress[..], &["--delivery", "direct"]].concat());
+            for rule in ["add table inet firewall", NO_FORWARDING] {
+                assert_eq!(scenario.on_node("nft", &[rule]), "");
+            }
+            for (from_port, protocol) in (41000..).zip(Protocol::ALL) {
+                for external in externals() {
+                    let question = scenario.question(protocol, from_port, external, PORT);
+                    assert_rewritten_early(&scenario, &question);
+                }
+            }
+            assert_eq!(statistic(&scenario, "flow-forgotten"), 0);
+            // The one kind of delivery goes on under another program.
+            let [v4, _] = externals();
+            let (sent, lost) = lost_during(&mut scenario, v4, |scenario| {
+                for other in ["tc", ingress[1]] {
+                    scenario.stop_agent();
+                    scenario.spec.arguments =
+                        ["--ingress", other, "--delivery", "direct"].map(Into::into).into();
+                    scenario.start_agent();
+                }
+            });
+            assert!(lost.is_empty(), "{} of {sent} datagrams were lost: {lost:?}", lost.len());
+        }
+    }
+}
+
 /// As a port in promiscuous mode sees them. Then the uplink gets that address, and they are for this host.
 #[test]
 fn frames_are_taken_for_the_uplinks_own_mac_address_alone_whatever_that_becomes() {
@@ -355,6 +402,10 @@ fn nothing_is_lost_over_restarts_and_when_another_ingress_is_chosen() {
             scenario.spec.arguments = vec!["--ingress".into(), ingress.into()];
             scenario.start_agent();
             assert_eq!(scenario.agent().log().contains("program is attached at XDP"), ingress != "tc");
+            assert!(
+                wait::until(PATIENCE, || (at_xdp(scenario) == ingress).then_some(())).is_some(),
+                "{ingress}"
+            );
         }
     });
     assert!(lost.is_empty(), "{} of {sent} datagrams were lost: {lost:?}", lost.len());
@@ -366,10 +417,7 @@ fn nothing_is_lost_over_restarts_and_when_another_ingress_is_chosen() {
     let output = scenario.proxier(&["cleanup"]);
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success() && said.contains("/links/request-xdp-native-"), "{output:?}");
-    let off = wait::until(PATIENCE, || {
-        (!scenario.on_node("ip", &["link", "show", "dev", UPLINK]).contains("xdp")).then_some(())
-    });
-    assert!(off.is_some(), "{}", scenario.on_node("ip", &["link", "show", "dev", UPLINK]));
+    assert!(wait::until(PATIENCE, || (at_xdp(&scenario) == "tc").then_some(())).is_some(), "a program stays");
 }
 
 #[test]
