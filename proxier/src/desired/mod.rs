@@ -172,11 +172,6 @@ impl LocalAddresses {
     const fn none() -> Self {
         Self { identities: BTreeSet::new(), attracting: BTreeSet::new(), broadcasts: BTreeSet::new() }
     }
-
-    /// Those that no Service may have.
-    fn kept(&self) -> BTreeSet<IpAddr> {
-        self.identities.union(&self.broadcasts).copied().collect()
-    }
 }
 
 /// What the command line says about it, and what is known about this node beside the objects.

@@ -113,7 +113,9 @@ impl State {
             return false;
         }
         let former = std::mem::replace(&mut self.settings.local_addresses, addresses);
-        let changed = &former.kept() ^ &self.settings.local_addresses.kept();
+        // Each by itself: why a Service may not have an address is told as well.
+        let now = &self.settings.local_addresses;
+        let changed = &(&former.identities ^ &now.identities) | &(&former.broadcasts ^ &now.broadcasts);
         self.stir(changed);
         self.due.node_addresses = true;
         true
