@@ -33,7 +33,7 @@ pub mod verifier;
 pub use direct::forward;
 pub use family::{Family, V4, V6};
 pub use packet::{NetworkHeader, Packet, Plain, Way};
-pub use reply::{error_reply, reply, reply_directly, reply_to_pod};
+pub use reply::{error_reply, reply, reply_directly};
 pub use request::{Origin, request, straight_to_pod};
 pub use tables::{FlowEntry, InsertError, SessionEntry, Tables};
 pub use verdict::Verdict;

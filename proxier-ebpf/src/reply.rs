@@ -29,18 +29,6 @@ pub fn reply<P: Packet, T: Tables>(packet: &mut P, tables: &T, delivery: u8) -> 
     of_any_family(packet, tables, delivery, None)
 }
 
-/// As [`reply`] by the node's stack, of a packet on its way into a pod that may be a client itself.
-///
-/// What was rewritten is for an external address by its sender's word, so it answers nothing, even between the ports of a
-/// conversation that the pod has with that sender the other way round. And most of what comes is that: no look-up for it.
-#[inline(always)]
-pub fn reply_to_pod<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Verdict {
-    if packet.is_rewritten() {
-        return Verdict::Next;
-    }
-    reply(packet, tables, DELIVERY_STACK)
-}
-
 /// As [`reply`], at the link of a pod, of what goes past the node's stack (`path`).
 #[inline(always)]
 pub fn reply_directly<P: Packet, T: Tables>(packet: &mut P, tables: &T, path: &mut P::Path) -> Verdict {

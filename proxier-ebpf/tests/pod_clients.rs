@@ -3,6 +3,7 @@
 mod common;
 
 use common::*;
+use proxier_common::{BackendKey, BackendValue, ExternalKey, PodKey, PodValue, ServiceValue};
 use proxier_ebpf::Verdict;
 
 #[test]
@@ -22,25 +23,36 @@ fn a_pod_reaches_another_through_the_external_address() {
     }
 }
 
+/// As two telephone exchanges do, both from and to port 5060.
 #[test]
-fn what_a_pod_asks_of_another_is_no_answer_to_a_question_of_that_one() {
+fn two_pods_that_ask_each_other_between_the_same_ports_see_each_others_external_addresses() {
+    const SIP: (u16, u16) = (5_060, 5_060);
     for net in BOTH {
-        for protocol in [TCP, UDP] {
-            // Both serve, each by an address of its own, and each is the other's client between the same two ports.
-            let (there, back) =
-                (tables(&[net.external], &[net.other_pod]), tables(&[net.external], &[net.pod]));
-            request_of_pod(&mut plain(net.other_pod, net.external, protocol, (7_000, 7_001)), &back);
-            let mut packet = plain(net.pod, net.external, protocol, (7_001, 7_000));
-            assert_eq!(request_of_pod(&mut packet, &there), Verdict::Rewritten);
-            let asked = packet.clone();
-            back.lookups.set(0);
-            assert_eq!(proxier_ebpf::reply_to_pod(&mut packet, &back), Verdict::Next, "{protocol}");
-            assert_eq!((&packet, back.lookups.get()), (&asked, 0), "it goes in as it was asked");
-            // The answer has the same addresses and ports, and nobody has rewritten it yet.
-            let mut answer = plain(net.pod, net.other_pod, protocol, (7_001, 7_000));
-            assert_eq!(proxier_ebpf::reply_to_pod(&mut answer, &back), Verdict::Rewritten, "{protocol}");
-            assert_eq!(seen(&answer).source, net.external);
-        }
+        let (here, there) = (net.pod, net.other_pod);
+        // One table has both Services: `external` leads here, `other_external` there.
+        let tables = tables(&[net.external], &[here]);
+        let value = BackendValue { pod: there.into() };
+        let key = BackendKey { service_id: 77, generation: 1, slot: 0 };
+        tables.backends.borrow_mut().insert(key, value);
+        let service = tables.services.borrow().values().next().copied().unwrap();
+        let key = ExternalKey { external: net.other_external.into() };
+        tables.services.borrow_mut().insert(key, ServiceValue { service_id: 77, ..service });
+        let pod = PodValue { external: net.other_external.into(), flags: 0, interface: 0 };
+        tables.pods.borrow_mut().insert(PodKey { pod: there.into() }, pod);
+        [here, there].into_iter().for_each(|pod| know_pod(&tables, pod));
+        let delivered = |source, destination| {
+            let mut packet = plain(source, destination, UDP, SIP);
+            assert_ne!(request_of_pod(&mut packet, &tables), Verdict::Hairpin);
+            reply(&mut packet, &tables);
+            assert_checksums(&packet);
+            (seen(&packet).source, seen(&packet).destination)
+        };
+        assert_eq!(delivered(here, net.other_external), (here, there), "the first question");
+        // This one is a question as well, and comes where the answer to the first is awaited from.
+        assert_eq!(delivered(there, net.external), (net.other_external, here), "a question the other way");
+        assert_eq!(delivered(here, net.other_external), (net.external, there), "and from then on");
+        assert_eq!(delivered(there, net.external), (net.other_external, here));
+        assert_eq!(delivered(there, here), (net.other_external, here), "the answer to the first");
     }
 }
 

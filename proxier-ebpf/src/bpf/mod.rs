@@ -164,7 +164,7 @@ pub(crate) fn proxier_pod_out(context: TcContext) -> i32 {
     if packet.is_made_here() {
         proxier_ebpf::straight_to_pod(&packet, &KernelTables);
     }
-    let verdict = proxier_ebpf::reply_to_pod(&mut packet, &KernelTables);
+    let verdict = proxier_ebpf::reply(&mut packet, &KernelTables, DELIVERY_STACK);
     action::<ETHERNET_HEADER>(&context, verdict, Hook::PodEgress, through_stack)
 }
 
