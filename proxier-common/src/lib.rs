@@ -22,7 +22,7 @@ pub use events::{DropEvent, EVENT_BYTES, EVENTS_A_SECOND, EventBudget};
 pub use stats::{STATISTICS, Statistic};
 
 /// Version of this ABI. The agent pins its maps under `<pin-path>/v<SCHEMA>/`.
-pub const SCHEMA: u32 = 2;
+pub const SCHEMA: u32 = 3;
 
 /// Most external addresses, pods' own and the node's together (entries of `services`, and of `pods` and `names`).
 pub const MAX_SERVICES: u32 = 131_072;

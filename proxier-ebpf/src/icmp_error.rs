@@ -12,7 +12,7 @@
 //! address; netfilter's NAT drops it too.
 
 use proxier_common::{
-    Address, DELIVERY_DIRECT, DELIVERY_STACK, DropReason, ExternalKey, FlowKey, FlowValue, PodKey,
+    Address, DELIVERY_DIRECT, DELIVERY_STACK, DropReason, ExternalKey, FlowKey, FlowValue, PodKey, is_direct,
     is_of_place, protocol,
 };
 
@@ -92,12 +92,15 @@ pub(crate) fn to_pod<F: Family, P: Packet, T: Tables>(
     if outer.is_redirect::<F>() {
         return Verdict::Drop(DropReason::IcmpRedirect);
     }
+    // To conntrack, an error about a conversation that it has not seen is invalid.
+    let delivery = if origin.may_be_direct(packet) { flow.delivery } else { DELIVERY_STACK };
+    if P::COMES_AGAIN && is_direct(delivery) {
+        return Verdict::Next;
+    }
     let difference = F::difference(external, pod);
     let written = mend_checksums::<F, P>(packet, &outer, &quote, difference, difference)
         .and_then(|()| F::store_address(packet, quote.offset, F::SOURCE, pod, difference, None))
         .and_then(|()| F::store_address(packet, offset, F::DESTINATION, pod, difference, None));
-    // To conntrack, an error about a conversation that it has not seen is invalid.
-    let delivery = if origin.may_be_direct(packet) { flow.delivery } else { DELIVERY_STACK };
     Verdict::of_write(written, Verdict::to_pod(delivery))
 }
 

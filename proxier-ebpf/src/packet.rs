@@ -113,6 +113,12 @@ pub trait Packet {
     /// while one takes the other's place; or at the uplink, where a request of the node itself was sent to the pod's link.
     fn is_rewritten(&self) -> bool;
 
+    /// Whether the packet may have been rewritten although it does not say so: what XDP has left with it may get lost where another
+    /// program writes to it before this one.
+    fn may_have_lost_mark(&self) -> bool {
+        false
+    }
+
     /// Adds `difference` to the transport checksum at `offset`, which covers a pseudo-header whose addresses
     /// changed by that much. With `zero_means_none`, a checksum of zero stays zero, and none becomes zero
     /// (RFC 768).

@@ -5,7 +5,7 @@ use proxier_common::{
     ExternalKey, FlowValue, LINK_OF_PORTS, MEMBER_DRAINING, MemberKey, POD_HAS_PEER, PodKey, PodValue,
     SERVICE_BALANCE_FLOW, SERVICE_DIRECT, SERVICE_IS_NODE, SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND,
     ServiceValue, SessionKey, SessionValue, SourceKey, Statistic, TCP_ESTABLISHED, TCP_REPLIED,
-    TCP_REQUEST_FIN, protocol,
+    TCP_REQUEST_FIN, is_direct, protocol,
     timeout::{self, SECOND},
 };
 
@@ -123,7 +123,7 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
         Read::External => {}
         Read::Pod => {
             if !packet.is_rewritten() {
-                forget_flow(tables, &request, 0);
+                forget_flow(tables, &request, if packet.may_have_lost_mark() { JUST_NOW } else { 0 });
             }
             return Some(request.left_alone(origin));
         }
@@ -182,6 +182,10 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
             Noted::Spoofed => return Some(Verdict::Drop(DropReason::SpoofedSource)),
         }
     }
+    // A conversation that began so before the Service's setting changed.
+    if P::COMES_AGAIN && is_direct(placement.delivery) {
+        return Some(Verdict::Next);
+    }
     if let Fragment::First = request.payload.fragment {
         lead_rest::<F, T>(tables, &request, placement.pod);
     }
@@ -204,11 +208,15 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
     Some(Verdict::of_write(written, verdict))
 }
 
-/// Whether a packet that comes again is best rewritten here and now.
+/// Whether a packet that comes again is best rewritten here and now. What goes past the stack is not: whether it can is not known
+/// before it comes again. Where nobody is to take it, it is dropped here all the same.
 #[inline(always)]
 fn is_for_here<F: Family, P: Packet>(packet: &mut P, request: &Request) -> bool {
-    let Request { destination: ExternalKey { external }, peer, payload, transport, .. } = request;
-    rewrite::is_arithmetic::<F, P>(packet, payload, transport, external, peer) && packet.claim()
+    let Request { destination: ExternalKey { external }, peer, payload, transport, service, .. } = request;
+    let goes_directly = service.flags & SERVICE_DIRECT != 0 && service.backend_count != 0;
+    !goes_directly
+        && rewrite::is_arithmetic::<F, P>(packet, payload, transport, external, peer)
+        && packet.claim()
 }
 
 #[inline(never)]

@@ -11,8 +11,8 @@ use common::{
     early::{Early, left_to_hardware},
     *,
 };
-use proxier_common::{DropReason, POD_HAS_PEER, SERVICE_DIRECT, SERVICE_PASS_WITHOUT_BACKEND};
-use proxier_ebpf::{Origin, Verdict, host::HostPacket};
+use proxier_common::{DropReason, POD_HAS_PEER, SERVICE_DIRECT, SERVICE_PASS_WITHOUT_BACKEND, is_direct};
+use proxier_ebpf::{FlowEntry as _, Origin, Verdict, host::HostPacket};
 
 const ALL_PROTOCOLS: [u8; 7] = [TCP, UDP, UDPLITE, SCTP, DCCP, GRE, ESP];
 
@@ -125,22 +125,46 @@ fn a_packet_to_a_pods_own_address_is_left_to_tc_with_its_flow() {
     }
 }
 
-/// Where it goes, tc is told: there the routing can be asked, and a pod be reached.
+/// Only tc can tell whether a packet can go so, such as one whose tag the card has taken off; and whoever decides has the flow to
+/// note.
 #[test]
-fn what_is_delivered_directly_is_rewritten_early_and_goes_on_from_tc() {
+fn what_is_delivered_directly_is_all_of_tc() {
     for net in BOTH {
-        for (flags, verdict) in [(POD_HAS_PEER, Verdict::ForwardIntoPod), (0, Verdict::Forward)] {
-            let tables = tables(&[net.external], &[net.pod]);
-            set_flags(&tables, SERVICE_DIRECT);
-            for pod in tables.pods.borrow_mut().values_mut() {
-                pod.interface = 7;
-                pod.flags = pod.flags & !POD_HAS_PEER | flags;
-            }
-            let (said, seen) = early(plain(net.client, net.external, UDP, (40_000, 53)), &tables);
-            assert_eq!((said, seen.is_marked), (verdict, true));
-            // Its hop limit is tc's to take one off.
-            assert_eq!(seen.packet, plain(net.client, net.pod, UDP, (40_000, 53)));
+        let tables = tables(&[net.external], &[net.pod]);
+        set_flags(&tables, SERVICE_DIRECT | POD_HAS_PEER);
+        tables.pods.borrow_mut().values_mut().for_each(|pod| pod.interface = 7);
+        let packet = plain(net.client, net.external, UDP, (40_000, 53));
+        let left_alone = |packet: &HostPacket| {
+            let (said, seen) = early(packet.clone(), &tables);
+            assert_eq!((said, seen.is_marked, &seen.packet), (Verdict::Next, false, packet));
+        };
+        left_alone(&packet);
+        assert!(tables.flows.borrow().is_empty() && tables.sessions.borrow().is_empty());
+        let mut tagged = packet.clone();
+        tagged.is_strange = true;
+        assert_eq!(request(&mut tagged, &tables), Verdict::Rewritten);
+        assert!(!is_direct(only_flow(&tables).1.value().delivery), "its replies go by the stack as well");
+        tables.flows.borrow_mut().clear();
+        assert_eq!(request(&mut packet.clone(), &tables), Verdict::ForwardIntoPod);
+        // The conversation keeps its way when the Service's setting changes, and so does an error about it.
+        for service in tables.services.borrow_mut().values_mut() {
+            service.flags &= !SERVICE_DIRECT;
         }
+        left_alone(&packet);
+        assert!(is_direct(only_flow(&tables).1.value().delivery));
+        let reply = plain(net.external, net.client, UDP, (53, 40_000));
+        let report = error(&net, router(&net), net.external, errors(&net)[0], &reply, 64);
+        left_alone(&report);
+    }
+}
+
+#[test]
+fn drops_of_what_would_go_directly_are_decided_early_too() {
+    for net in BOTH {
+        let tables = tables(&[net.external], &[]);
+        set_flags(&tables, SERVICE_DIRECT);
+        let packet = plain(net.client, net.external, UDP, (40_000, 53));
+        assert_eq!(early(packet, &tables).0, Verdict::Drop(DropReason::NoBackend));
     }
 }
 

@@ -25,7 +25,7 @@ use proxier_ebpf::{
 use proxier_tests::program::{Kernel, XDP_DROP, XDP_PASS};
 
 /// How many bytes XDP leaves before a packet that it has rewritten.
-const MARK: usize = 16;
+const MARK: usize = 12;
 
 /// Loading takes a second and the maps are shared, so the tests take turns.
 static KERNEL: Mutex<Option<Kernel>> = Mutex::new(None);

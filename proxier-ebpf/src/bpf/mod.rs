@@ -24,7 +24,7 @@ use self::{
     maps::KernelTables,
     redirect::{Path, Side},
     skb::{ETHERNET_HEADER, NO_LINK_HEADER, Skb},
-    xdp::{Frame, Onward},
+    xdp::Frame,
 };
 
 /// Requests, before there is an skb, at an uplink with Ethernet headers. What it lets go as it came, [`proxier_request`] sees.
@@ -44,9 +44,7 @@ pub(crate) fn proxier_xdp_skb(context: XdpContext) -> u32 {
 fn from_driver(context: &XdpContext) -> u32 {
     let mut packet = Frame::new(context);
     let marked = match proxier_ebpf::request(&mut packet, &KernelTables, Origin::Outside) {
-        Verdict::Rewritten => packet.mark(Onward::Stack),
-        Verdict::Forward => packet.mark(Onward::Forward),
-        Verdict::ForwardIntoPod => packet.mark(Onward::ForwardIntoPod),
+        Verdict::Rewritten => packet.mark(),
         Verdict::Drop(reason) => Err(reason),
         _ => Ok(()),
     };
@@ -171,18 +169,11 @@ pub(crate) fn proxier_pod_out(context: TcContext) -> i32 {
 #[inline(always)]
 fn from_outside<const LINK_HEADER: u32>(context: &TcContext) -> i32 {
     let mut packet = Skb::<LINK_HEADER>::new(context);
-    let verdict = match packet.mark() {
-        None => proxier_ebpf::request(&mut packet, &KernelTables, Origin::Outside),
-        Some(mark) => {
-            packet.set_rewritten();
-            match mark.verdict() {
-                // With a tag beside the data, which XDP does not see.
-                Verdict::Forward | Verdict::ForwardIntoPod if !packet.can_pass_stack() => Verdict::Rewritten,
-                verdict => verdict,
-            }
-        }
-    };
-    match verdict {
+    if packet.is_marked() {
+        packet.set_rewritten();
+        return TC_ACT_UNSPEC;
+    }
+    match proxier_ebpf::request(&mut packet, &KernelTables, Origin::Outside) {
         verdict @ (Verdict::Forward | Verdict::ForwardIntoPod) => {
             let into_pod = verifier::forget_whether(verdict == Verdict::ForwardIntoPod);
             code::<LINK_HEADER>(context, forward::<LINK_HEADER>(context, into_pod), Hook::UplinkIngress)

@@ -16,7 +16,7 @@ use proxier_ebpf::{
 use super::{
     events::AtInterface,
     redirect::{self, Ends, Path},
-    xdp::Mark,
+    xdp::{self, Mark},
 };
 
 /// Length of an Ethernet header, in bytes.
@@ -107,14 +107,14 @@ impl<'a, const LINK_HEADER: u32> Skb<'a, LINK_HEADER> {
         unsafe { (*self.context.skb.skb).ifindex }
     }
 
-    /// What XDP says of it, if it has rewritten it, at this interface.
+    /// Whether XDP has rewritten it, at this interface.
     ///
     /// Only read: a program that writes there, or anywhere into a packet by itself, makes the kernel give it a copy of a packet that
     /// others look at as well (tcpdump), without what XDP has left.
     #[inline(always)]
-    pub(super) fn mark(&self) -> Option<Mark> {
+    pub(super) fn is_marked(&self) -> bool {
         if LINK_HEADER == NO_LINK_HEADER {
-            return None;
+            return false;
         }
         let skb = self.context.skb.skb;
         // SAFETY: the kernel hands over a valid context, and the field is readable at this hook.
@@ -122,11 +122,11 @@ impl<'a, const LINK_HEADER: u32> Skb<'a, LINK_HEADER> {
         // SAFETY: as above.
         let end = unsafe { (*skb).data } as usize;
         if start + size_of::<Mark>() > end {
-            return None;
+            return false;
         }
         // SAFETY: within what XDP has left before the packet, and aligned as it was there; any bytes make a `Mark`.
         let mark = unsafe { ptr::read_volatile(start as *const Mark) };
-        mark.is_of(self.interface()).then_some(mark)
+        mark.is_of(self.interface())
     }
 }
 
@@ -230,6 +230,11 @@ impl<const LINK_HEADER: u32> Packet for Skb<'_, LINK_HEADER> {
     fn is_rewritten(&self) -> bool {
         // SAFETY: as in `set_rewritten`.
         unsafe { (*self.context.skb.skb).tc_index == REWRITTEN }
+    }
+
+    #[inline(always)]
+    fn may_have_lost_mark(&self) -> bool {
+        LINK_HEADER != NO_LINK_HEADER && xdp::is_in_use()
     }
 
     #[inline(always)]

@@ -11,7 +11,7 @@ use aya_ebpf::{
 };
 use proxier_common::{Address, DropReason, XdpDevice};
 use proxier_ebpf::{
-    Verdict, checksum,
+    checksum,
     family::{V4Addresses, V4Hop},
     packet::{NetworkHeader, Packet, Plain, Way, WriteError},
     verifier,
@@ -32,26 +32,22 @@ pub(super) struct Mark {
     magic: u32,
     namespace: u32,
     interface: u32,
-    /// As [`Onward`].
-    onward: u32,
-}
-
-/// Where a packet goes that XDP has rewritten.
-#[repr(u32)]
-#[derive(Clone, Copy)]
-pub(super) enum Onward {
-    /// Through the node's stack.
-    Stack = 0,
-    /// [`Verdict::Forward`], by tc: here there is no way to a neighbour.
-    Forward = 1,
-    /// [`Verdict::ForwardIntoPod`], likewise.
-    ForwardIntoPod = 2,
 }
 
 /// The agent's network namespace, by its inode: of all there are, no other has this number. The agent writes it before the kernel
 /// reads the programs.
 #[unsafe(no_mangle)]
 static NETWORK_NAMESPACE: u32 = 0;
+
+/// Whether the agent puts the program at XDP of uplinks. It writes it as [`NETWORK_NAMESPACE`].
+#[unsafe(no_mangle)]
+static XDP_IN_USE: u8 = 0;
+
+#[inline(always)]
+pub(super) fn is_in_use() -> bool {
+    // SAFETY: as in `network_namespace`.
+    unsafe { ptr::read_volatile(&raw const XDP_IN_USE) != 0 }
+}
 
 #[inline(always)]
 fn network_namespace() -> u32 {
@@ -65,22 +61,12 @@ impl Mark {
     const MAGIC: u32 = 0x7078_7864;
 
     /// Says nothing.
-    const NONE: Self = Self { magic: 0, namespace: 0, interface: 0, onward: 0 };
+    const NONE: Self = Self { magic: 0, namespace: 0, interface: 0 };
 
     /// Whether it was made at this interface.
     #[inline(always)]
     pub(super) fn is_of(self, interface: u32) -> bool {
         self.magic == Self::MAGIC && self.interface == interface && self.namespace == network_namespace()
-    }
-
-    /// What the core has said about the packet.
-    #[inline(always)]
-    pub(super) const fn verdict(self) -> Verdict {
-        match self.onward {
-            onward if onward == Onward::Forward as u32 => Verdict::Forward,
-            onward if onward == Onward::ForwardIntoPod as u32 => Verdict::ForwardIntoPod,
-            _ => Verdict::Rewritten,
-        }
     }
 }
 
@@ -168,7 +154,7 @@ impl Packet for Frame<'_> {
     const COMES_AGAIN: bool = true;
     type Path = ();
 
-    /// By tc, which the mark tells: a frame that is rewritten here is for this host, and has no tag that shows.
+    /// What that is about is tc's. Here no conversation is taken off the way that it has.
     #[inline(always)]
     fn can_pass_stack(&self) -> bool {
         true
@@ -252,7 +238,7 @@ impl Packet for Frame<'_> {
         Some(unsafe { slot.0.assume_init() })
     }
 
-    /// The mark says so, and where the packet goes, as soon as that is known.
+    /// The mark says so, as soon as it is.
     #[inline(always)]
     fn set_rewritten(&mut self) {}
 
@@ -310,16 +296,11 @@ impl Packet for Frame<'_> {
 }
 
 impl Frame<'_> {
-    /// Says that the packet has been rewritten, and where it goes. Without it, tc would take the packet for one to the pod's own
-    /// address, which ends the flow: it must not go on.
+    /// Says that the packet has been rewritten. Without it, tc would take the packet for one to the pod's own address, which ends
+    /// the flow: it must not go on.
     #[inline(always)]
-    pub(super) fn mark(&self, onward: Onward) -> Result<(), DropReason> {
-        let mark = Mark {
-            magic: Mark::MAGIC,
-            namespace: network_namespace(),
-            interface: self.interface(),
-            onward: onward as u32,
-        };
+    pub(super) fn mark(&self) -> Result<(), DropReason> {
+        let mark = Mark { magic: Mark::MAGIC, namespace: network_namespace(), interface: self.interface() };
         if self.store_mark(mark) { Ok(()) } else { Err(DropReason::RewriteFailed) }
     }
 

@@ -163,7 +163,7 @@ impl BpfSink {
         fs::create_dir_all(&links).with_context(|| format!("{} cannot be made", links.display()))?;
         let lock = lock(&pin_path)?;
         tables::check_pinned(&pin_path)?;
-        let mut ebpf = load(&pin_path, local_clients)?;
+        let mut ebpf = load(&pin_path, local_clients, ingress)?;
         let xdp = xdp::Attachments::new(&mut ebpf, ingress)?;
         let mut tables = Tables::open(&pin_path)?;
         let actual = tables.read()?;
@@ -457,12 +457,13 @@ fn lock(pin_path: &Path) -> anyhow::Result<File> {
     }
 }
 
-fn load(pin_path: &Path, local_clients: bool) -> anyhow::Result<Ebpf> {
+fn load(pin_path: &Path, local_clients: bool, ingress: Ingress) -> anyhow::Result<Ebpf> {
     let pins: Vec<_> = tables::pins(pin_path).collect();
     let node_clients = u8::from(local_clients);
     let direct_delivery = u8::from(preflight::has_direct_delivery());
     let coarse_clock = u8::from(preflight::has_coarse_clock());
     let namespace = xdp::network_namespace()?;
+    let xdp_in_use = u8::from(ingress != Ingress::Tc);
     let mut loader = EbpfLoader::new();
     loader.verifier_log_level(VerifierLogLevel::STATS);
     // Else they would speak to the pod, and be answered by an address that they do not know.
@@ -470,6 +471,7 @@ fn load(pin_path: &Path, local_clients: bool) -> anyhow::Result<Ebpf> {
     loader.override_global("DIRECT_DELIVERY", &direct_delivery, true);
     loader.override_global("COARSE_CLOCK", &coarse_clock, true);
     loader.override_global("NETWORK_NAMESPACE", &namespace, true);
+    loader.override_global("XDP_IN_USE", &xdp_in_use, true);
     for (map, path) in &pins {
         loader.map_pin_path(map, path.as_path());
     }

@@ -9,7 +9,7 @@ use std::{
 use anyhow::Context as _;
 use proxier_common::SCHEMA;
 
-use super::attach;
+use super::{attach, xdp};
 
 /// The pins of one version.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -63,7 +63,7 @@ impl Version {
 
     /// Removes the pins of its links, which detaches its programs. Returns what was removed, a line each.
     ///
-    /// Those for requests go first: what one of them has let in at the last moment still finds the program that rewrites
+    /// Those for requests go first, XDP's before tc's, which knows what XDP has marked: what one of them has let in at the last moment still finds the program that rewrites
     /// the reply. The other way round, the reply would leave with the pod's address.
     ///
     /// # Errors
@@ -71,11 +71,12 @@ impl Version {
     /// Which pin stays, and why.
     pub(super) fn detach(&self) -> anyhow::Result<Vec<String>> {
         let mut links = entries(&self.directory.join(attach::LINKS))?;
-        let is_of_requests = |pin: &Path| {
-            let name = pin.file_name().and_then(|name| name.to_str());
-            name.is_some_and(|name| name.starts_with(attach::REQUEST_PREFIX))
+        let place = |pin: &Path| match pin.file_name().and_then(|name| name.to_str()) {
+            Some(name) if xdp::index_of_pin(name).is_some() => 0,
+            Some(name) if name.starts_with(attach::REQUEST_PREFIX) => 1,
+            _ => 2,
         };
-        links.sort_by_key(|(pin, _)| !is_of_requests(pin));
+        links.sort_by_key(|(pin, _)| place(pin));
         links.iter().map(|(pin, _)| remove_file("link", pin)).collect()
     }
 
@@ -159,13 +160,17 @@ mod tests {
     #[test]
     fn what_lets_requests_in_goes_first_and_nothing_is_left() {
         let work = tempfile::tempdir().unwrap();
-        make(work.path(), &["v1/links/reply-2", "v1/links/request-2", "v1/links/request-3", "v1/services"]);
+        let pins = ["reply-2", "request-2", "request-3", "request-xdp-native-3"]
+            .map(|link| format!("v1/links/{link}"));
+        make(work.path(), &pins.each_ref().map(String::as_str));
+        make(work.path(), &["v1/services"]);
         let version = others(work.path()).remove(0);
         let names = |lines: Vec<String>| -> Vec<String> {
             lines.iter().map(|line| line.replace(&format!("{}/", work.path().display()), "")).collect()
         };
         let detached = names(version.detach().unwrap());
-        assert_eq!(detached, ["link v1/links/request-2", "link v1/links/request-3", "link v1/links/reply-2"]);
+        let first = ["request-xdp-native-3", "request-2", "request-3", "reply-2"];
+        assert_eq!(detached, first.map(|link| format!("link v1/links/{link}")));
         let removed = names(version.remove().unwrap());
         assert_eq!(removed, ["directory v1/links", "map v1/services", "directory v1"]);
         assert_eq!(others(work.path()), []);
