@@ -150,15 +150,42 @@ pub fn is_linux_since((major, minor): (u8, u8)) -> bool {
 /// bridge.
 pub const POD_HAS_PEER: u32 = 1 << 16;
 
-/// Entries of the array `pod_links`: not 0 where pods may send by an interface that are reached past the node's stack. The packet
-/// core notes it before such a pod gets its first packet, the agent when it says by which link a pod is reached, and nobody
-/// takes it back. Of an interface for which there is nothing, no packet is looked up as a reply.
+/// Entries of the array `pod_links`, which says at which links pods are reached past the node's stack. The agent writes it before
+/// it says so of a pod, and takes it back before it takes the programs off that link.
 ///
-/// An array, as the kernel makes of a look-up there a few instructions. Interfaces whose numbers have the same remainder
-/// share an entry, which costs look-ups in vain.
-pub const MAX_POD_LINKS: u32 = 4096;
+/// An array, as the kernel makes of a look-up there a few instructions. Interfaces whose numbers have the same remainder share an
+/// entry. It is of the one that was written last; pods behind another one are reached through the stack, both ways.
+pub const MAX_POD_LINKS: u32 = 1 << 16;
 
-/// The entry of `pod_links` for all ports of bridges: which of them leads to a pod is not known.
+/// Value of `pod_links`.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PodLinkValue {
+    /// The interface that the entry is of; 0 for none.
+    pub interface: u32,
+    /// [`POD_HAS_PEER`] or 0.
+    pub flags: u32,
+}
+
+impl PodLinkValue {
+    /// Of no interface.
+    pub const NONE: Self = Self { interface: 0, flags: 0 };
+
+    /// The entry for all ports of bridges, in place [`LINK_OF_PORTS`]: which of them leads to a pod is not known. Once there is one such
+    /// pod it stays.
+    pub const PORTS: Self = Self { interface: LINK_OF_PORTS, flags: 1 };
+
+    /// The entry of the link that leads to a pod, and its place in the array.
+    #[must_use]
+    pub const fn of(pod: &PodValue) -> Option<(u32, Self)> {
+        match pod.interface % MAX_POD_LINKS {
+            LINK_OF_PORTS => None,
+            place => Some((place, Self { interface: pod.interface, flags: pod.flags & POD_HAS_PEER })),
+        }
+    }
+}
+
+/// The place in `pod_links` of all ports of bridges. Interfaces whose number would have it have none.
 pub const LINK_OF_PORTS: u32 = 0;
 
 /// Most devices at XDP (entries of `xdp_devices`): uplinks, and the members of those that are bonds.
@@ -429,6 +456,7 @@ const _: () = {
     assert!(size_of::<BackendValue>() == 16);
     assert!(size_of::<PodKey>() == 16);
     assert!(size_of::<PodValue>() == 24);
+    assert!(size_of::<PodLinkValue>() == 8);
     assert!(size_of::<SourceKey>() == 24 && SourceKey::BITS == 24 * 8);
     assert!(size_of::<SourceValue>() == 4);
     assert!(size_of::<MemberKey>() == 24);
@@ -461,6 +489,7 @@ mod pod {
         BackendValue,
         PodKey,
         PodValue,
+        PodLinkValue,
         SourceKey,
         SourceValue,
         MemberKey,

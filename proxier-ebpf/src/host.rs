@@ -3,13 +3,14 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     rc::Rc,
 };
 
 use proxier_common::{
     Address, BackendKey, BackendValue, ExternalKey, FlowKey, FlowValue, FragmentKey, FragmentValue,
-    MemberKey, MemberValue, PodKey, PodValue, ServiceValue, SessionKey, SessionValue, SourceKey, Statistic,
+    MAX_POD_LINKS, MemberKey, MemberValue, PodKey, PodLinkValue, PodValue, ServiceValue, SessionKey,
+    SessionValue, SourceKey, Statistic,
 };
 
 use crate::{
@@ -27,6 +28,8 @@ pub struct HostPacket {
     rewritten: bool,
     /// What the routing will say.
     pub way: Way,
+    /// The interface by which that leads.
+    pub onward: u32,
     /// Whether the stack would not forward it, for it is another host's.
     pub is_strange: bool,
     /// The packets that it will be segmented into.
@@ -47,7 +50,15 @@ impl HostPacket {
     /// A frame that no program has seen yet.
     #[must_use]
     pub const fn new(bytes: Vec<u8>) -> Self {
-        Self { bytes, rewritten: false, way: Way::Open, is_strange: false, segment_size: 0, link: 0 }
+        Self {
+            bytes,
+            rewritten: false,
+            way: Way::Open,
+            onward: 0,
+            is_strange: false,
+            segment_size: 0,
+            link: 0,
+        }
     }
 
     fn write(&mut self, offset: u32, bytes: &[u8]) -> Result<(), WriteError> {
@@ -68,6 +79,10 @@ impl Packet for HostPacket {
     fn find_way(&self, source: &Address, destination: &Address, length: u32, path: &mut Self::Path) -> Way {
         *path = Some((*source, *destination, length));
         self.way
+    }
+
+    fn onward_interface(&self, _path: &Self::Path) -> u32 {
+        self.onward
     }
 
     fn segment_size(&self) -> u32 {
@@ -174,8 +189,8 @@ pub struct HostTables {
     pub fragments: RefCell<HashMap<FragmentKey, FragmentValue>>,
     /// Look-ups since it was last set to 0. Inserting counts too.
     pub lookups: Cell<u32>,
-    /// Those that the map of the same name has something for.
-    pub pod_links: RefCell<HashSet<u32>>,
+    /// As the array of the same name.
+    pub pod_links: RefCell<HashMap<u32, PodLinkValue>>,
     /// As the map of the same name.
     pub stats: RefCell<HashMap<Statistic, u64>>,
     /// Whether `flows` refuses new entries.
@@ -256,6 +271,11 @@ impl Tables for HostTables {
         self.pods.borrow().get(key).copied()
     }
 
+    fn pod_link(&self, interface: u32) -> Option<PodLinkValue> {
+        let links = self.pod_links.borrow();
+        links.get(&(interface % MAX_POD_LINKS)).copied().filter(|link| link.interface == interface)
+    }
+
     fn is_permitted(&self, key: &SourceKey) -> bool {
         self.count_lookup();
         self.sources.borrow().iter().any(|(bits, range)| {
@@ -316,10 +336,6 @@ impl Tables for HostTables {
     fn remove_fragment(&self, key: &FragmentKey) {
         self.count_lookup();
         self.fragments.borrow_mut().remove(key);
-    }
-
-    fn expect_replies_by(&self, link: u32) {
-        self.pod_links.borrow_mut().insert(link);
     }
 
     fn count(&self, what: Statistic) {

@@ -30,7 +30,7 @@ pub mod transport;
 pub mod verdict;
 pub mod verifier;
 
-pub use direct::forward;
+pub use direct::{forward_to_client, forward_to_pod};
 pub use family::{Family, V4, V6};
 pub use packet::{NetworkHeader, Packet, Plain, Way};
 pub use reply::{error_reply, reply, reply_directly};

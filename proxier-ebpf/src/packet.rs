@@ -68,6 +68,9 @@ pub trait Packet {
     /// those that it has.
     fn find_way(&self, source: &Address, destination: &Address, length: u32, path: &mut Self::Path) -> Way;
 
+    /// The interface by which the way leads that was found.
+    fn onward_interface(&self, path: &Self::Path) -> u32;
+
     /// Whether it has come by this link, as far as that can be told from where it is seen: a port of a bridge is not the bridge.
     fn is_of_link(&self, interface: u32) -> bool;
 

@@ -2,10 +2,9 @@
 
 use proxier_common::{
     Address, BackendKey, DELIVERY_DIRECT, DELIVERY_NODE, DELIVERY_PEER, DELIVERY_STACK, DropReason,
-    ExternalKey, FlowValue, LINK_OF_PORTS, MEMBER_DRAINING, MemberKey, POD_HAS_PEER, PodKey, PodValue,
-    SERVICE_BALANCE_FLOW, SERVICE_DIRECT, SERVICE_IS_NODE, SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND,
-    ServiceValue, SessionKey, SessionValue, SourceKey, Statistic, TCP_ESTABLISHED, TCP_REPLIED,
-    TCP_REQUEST_FIN, is_direct, protocol,
+    ExternalKey, FlowValue, MEMBER_DRAINING, MemberKey, POD_HAS_PEER, PodKey, PodValue, SERVICE_BALANCE_FLOW,
+    SERVICE_DIRECT, SERVICE_IS_NODE, SERVICE_IS_POD, SERVICE_PASS_WITHOUT_BACKEND, ServiceValue, SessionKey,
+    SessionValue, SourceKey, Statistic, TCP_ESTABLISHED, TCP_REPLIED, TCP_REQUEST_FIN, is_direct, protocol,
     timeout::{self, SECOND},
 };
 
@@ -631,15 +630,11 @@ fn find_delivery<T: Tables>(tables: &T, request: &Request, pod: &Address) -> u8 
     {
         return request.delivery;
     }
-    let Some(PodValue { interface: interface @ 1.., flags, .. }) = tables.pod(&PodKey { pod: *pod }) else {
-        return DELIVERY_STACK;
-    };
-    tables.expect_replies_by(interface);
-    if flags & POD_HAS_PEER != 0 {
-        return DELIVERY_PEER;
+    match tables.pod(&PodKey { pod: *pod }) {
+        None | Some(PodValue { interface: 0, .. }) => DELIVERY_STACK,
+        Some(PodValue { flags, .. }) if flags & POD_HAS_PEER != 0 => DELIVERY_PEER,
+        Some(_) => DELIVERY_DIRECT,
     }
-    tables.expect_replies_by(LINK_OF_PORTS);
-    DELIVERY_DIRECT
 }
 
 #[inline(never)]

@@ -2,8 +2,8 @@
 
 use proxier_common::{
     BackendKey, BackendValue, ExternalKey, FlowKey, FlowValue, FragmentKey, FragmentValue, MemberKey,
-    MemberValue, PodKey, PodValue, ServiceValue, SessionKey, SessionValue, SourceKey, Statistic,
-    timeout::SECOND,
+    MemberValue, PodKey, PodLinkValue, PodValue, ServiceValue, SessionKey, SessionValue, SourceKey,
+    Statistic, timeout::SECOND,
 };
 
 /// Why an entry could not be inserted.
@@ -67,6 +67,9 @@ pub trait Tables {
     fn member(&self, key: &MemberKey) -> Option<MemberValue>;
     /// Looks up whether an address is that of a pod that belongs to a Service.
     fn pod(&self, key: &PodKey) -> Option<PodValue>;
+    /// What is known of an interface as a link by which pods are reached past the node's stack. In an array: next to nothing beside
+    /// the other look-ups.
+    fn pod_link(&self, interface: u32) -> Option<PodLinkValue>;
     /// Whether a source range has the address that all bits of the key name.
     fn is_permitted(&self, key: &SourceKey) -> bool;
 
@@ -100,9 +103,6 @@ pub trait Tables {
     fn put_fragment(&self, key: &FragmentKey, value: &FragmentValue);
     /// Forgets what an earlier packet's first fragment decided, if anything.
     fn remove_fragment(&self, key: &FragmentKey);
-
-    /// Notes that pods send by this interface, or port of a bridge (`LINK_OF_PORTS`), that are reached past the node's stack.
-    fn expect_replies_by(&self, link: u32);
 
     /// Counts something that has happened.
     fn count(&self, what: Statistic);

@@ -17,10 +17,10 @@ pub enum Verdict {
     /// Rewritten for whoever sent it: it goes back through the link that it came by, past the node's stack, which
     /// would take a packet from and to the same address for a mistake.
     Hairpin,
-    /// Rewritten, and to go on past the node's stack if [`forward`](crate::forward()) finds a way; else as
-    /// [`Verdict::Rewritten`].
+    /// Rewritten, and to go on past the node's stack if [`forward_to_pod`](crate::forward_to_pod()) or
+    /// [`forward_to_client`](crate::forward_to_client()) finds a way; else as [`Verdict::Rewritten`].
     Forward,
-    /// As [`Verdict::Forward`], but into the pod that is at the other end of the interface that is found.
+    /// As [`Verdict::Forward`] to a pod, but into the other end of the link that is found, if that has one.
     ForwardIntoPod,
     /// Rewritten, and to go on past the node's stack by the path that was found.
     Direct,

@@ -12,7 +12,8 @@ use std::{net::IpAddr, ops::Range};
 
 use common::*;
 use proxier_common::{
-    Address, DELIVERY_DIRECT, DELIVERY_PEER, DELIVERY_STACK, LINK_OF_PORTS, POD_HAS_PEER, SERVICE_DIRECT,
+    Address, DELIVERY_DIRECT, DELIVERY_PEER, DELIVERY_STACK, MAX_POD_LINKS, POD_HAS_PEER, PodLinkValue,
+    SERVICE_DIRECT,
 };
 use proxier_ebpf::{
     Verdict, Way,
@@ -35,24 +36,30 @@ fn link_pods(tables: &HostTables, interface: u32, flags: u32) {
     for pod in tables.pods.borrow_mut().values_mut() {
         pod.interface = interface;
         pod.flags = pod.flags & !POD_HAS_PEER | flags;
+        tables.pod_links.borrow_mut().extend(PodLinkValue::of(pod));
     }
 }
 
 /// What was asked of the routing: source, destination and length.
 type Asked = Option<(Address, Address, u32)>;
 
-/// A packet from outside, and what is left of its way if it goes past the stack.
+/// A packet from outside, and what is left of its way if it goes past the stack: by [`LINK`], says the routing.
 fn request_onward(packet: &mut HostPacket, tables: &HostTables) -> (Verdict, Asked) {
-    let verdict = request(packet, tables);
+    request_routed(packet, tables, LINK)
+}
+
+/// As [`request_onward`], where the routing names this interface.
+fn request_routed(packet: &mut HostPacket, tables: &HostTables, onward: u32) -> (Verdict, Asked) {
+    packet.onward = onward;
     let mut asked = None;
-    match verdict {
-        Verdict::Forward | Verdict::ForwardIntoPod => match proxier_ebpf::forward(packet, &mut asked) {
-            Ok(Way::Open) => (verdict, asked),
-            Ok(Way::TooNarrow | Way::None) => (Verdict::Rewritten, asked),
-            Err(error) => panic!("{error:?}"),
-        },
-        _ => (verdict, asked),
-    }
+    let verdict = match request(packet, tables) {
+        verdict @ (Verdict::Forward | Verdict::ForwardIntoPod) => {
+            let into_pod = verdict == Verdict::ForwardIntoPod;
+            proxier_ebpf::forward_to_pod(packet, tables, into_pod, &mut asked)
+        }
+        verdict => verdict,
+    };
+    (verdict, asked)
 }
 
 /// A packet of the pod, at the ingress of its link.
@@ -110,8 +117,6 @@ fn both_directions_pass_the_stack_by_and_lose_one_hop() {
                 assert_eq!(packet, one_router_on(&net, plain(net.client, net.pod, protocol, (40_000, 53))));
                 assert_eq!(only_delivery(&tables), delivery);
                 assert_eq!(asked, Some((client, pod, length(&packet))));
-                let ports = (flags & POD_HAS_PEER == 0).then_some(LINK_OF_PORTS);
-                assert_eq!(*tables.pod_links.borrow(), ports.into_iter().chain([LINK]).collect());
                 let mut answer = plain(net.pod, net.client, protocol, (53, 40_000));
                 let (verdict, asked) = reply_at_link(&mut answer, &tables);
                 assert_eq!(verdict, Verdict::Direct, "{protocol}");
@@ -177,7 +182,6 @@ fn a_pod_that_cannot_be_reached_so_is_reached_through_the_stack() {
         assert_eq!(request(&mut packet, &tables), Verdict::Rewritten);
         assert_eq!(packet, plain(net.client, net.pod, UDP, (40_000, 53)));
         assert_eq!(only_delivery(&tables), DELIVERY_STACK);
-        assert!(tables.pod_links.borrow().is_empty(), "nobody looks for replies at its link");
     }
 }
 
@@ -211,6 +215,46 @@ fn a_request_without_a_way_goes_on_through_the_stack_with_its_hop_limit() {
             assert_eq!(request_onward(&mut packet, &tables), (Verdict::Rewritten, None));
             assert_eq!(packet, with_hop_limit(&net, plain(net.client, net.pod, UDP, (40_000, 53)), limit));
         }
+    }
+}
+
+#[test]
+fn a_request_goes_into_the_pod_only_where_the_link_that_the_routing_names_now_has_a_peer() {
+    const BRIDGE: u32 = LINK + 1;
+    const OTHER_POD: u32 = LINK + 2;
+    const UNKNOWN: u32 = LINK + 3;
+    for net in BOTH {
+        let tables = direct_tables(&net);
+        let mut pod = *tables.pods.borrow().values().next().unwrap();
+        for (interface, flags) in [(BRIDGE, 0), (OTHER_POD, POD_HAS_PEER)] {
+            (pod.interface, pod.flags) = (interface, flags);
+            tables.pod_links.borrow_mut().extend(PodLinkValue::of(&pod));
+        }
+        let ask = |onward| {
+            let mut packet = plain(net.client, net.external, UDP, (40_000, 53));
+            (request_routed(&mut packet, &tables, onward).0, packet)
+        };
+        let rewritten = || plain(net.client, net.pod, UDP, (40_000, 53));
+        for (onward, expected) in [
+            (LINK, Verdict::ForwardIntoPod),
+            (BRIDGE, Verdict::Forward),
+            (OTHER_POD, Verdict::ForwardIntoPod),
+            (UNKNOWN, Verdict::Rewritten),
+            // It would share an entry.
+            (LINK + MAX_POD_LINKS, Verdict::Rewritten),
+            (LINK, Verdict::ForwardIntoPod),
+        ] {
+            let (verdict, packet) = ask(onward);
+            assert_eq!(verdict, expected, "by {onward}");
+            let hops = expected != Verdict::Rewritten;
+            assert_eq!(packet, if hops { one_router_on(&net, rewritten()) } else { rewritten() });
+        }
+        assert_eq!(only_delivery(&tables), DELIVERY_PEER, "the conversation is one all the time");
+        // Of two with one entry it is that of the last.
+        (pod.interface, pod.flags) = (LINK + MAX_POD_LINKS, POD_HAS_PEER);
+        tables.pod_links.borrow_mut().extend(PodLinkValue::of(&pod));
+        assert_eq!(ask(LINK).0, Verdict::Rewritten);
+        assert_eq!(ask(LINK + MAX_POD_LINKS).0, Verdict::ForwardIntoPod);
     }
 }
 
@@ -388,7 +432,8 @@ fn errors_go_the_way_of_what_they_are_about() {
                 let mut outbound = error(&net, net.pod, net.client, kind, &about_request, usize::MAX);
                 let (verdict, asked) = reply_at_link(&mut outbound, &tables);
                 assert_eq!((verdict, asked), (Verdict::Forward, None));
-                proxier_ebpf::forward(&mut outbound, &mut None).unwrap();
+                let onward = proxier_ebpf::forward_to_client(&mut outbound, &mut None);
+                assert_eq!(onward, Verdict::Forward, "by whatever leads there");
                 let about_it = plain(net.client, net.external, UDP, (40_000, 53));
                 assert_eq!(
                     outbound,

@@ -317,11 +317,11 @@ fn two_first_packets_at_once_agree_on_the_flow() {
         fn pod(&self, key: &proxier_common::PodKey) -> Option<proxier_common::PodValue> {
             self.tables.pod(key)
         }
+        fn pod_link(&self, interface: u32) -> Option<proxier_common::PodLinkValue> {
+            self.tables.pod_link(interface)
+        }
         fn is_permitted(&self, key: &proxier_common::SourceKey) -> bool {
             self.tables.is_permitted(key)
-        }
-        fn expect_replies_by(&self, link: u32) {
-            self.tables.expect_replies_by(link);
         }
         fn count(&self, what: proxier_common::Statistic) {
             self.tables.count(what);

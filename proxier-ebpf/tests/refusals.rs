@@ -63,6 +63,10 @@ impl Packet for Refusing {
         self.packet.segment_size()
     }
 
+    fn onward_interface(&self, path: &Self::Path) -> u32 {
+        self.packet.onward_interface(path)
+    }
+
     fn is_of_link(&self, interface: u32) -> bool {
         self.packet.is_of_link(interface)
     }

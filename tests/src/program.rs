@@ -2,19 +2,20 @@
 //! (BPF_PROG_TEST_RUN). Panics where something is not as it should be, as a test does.
 
 use std::{
-    env, fs, io,
+    env, fs, io, mem,
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd},
     time::Duration,
 };
 
 use aya::{
     Ebpf, EbpfLoader, Pod,
-    maps::{HashMap, MapData, MapInfo, PerCpuArray},
+    maps::{Array, HashMap, MapData, MapInfo, PerCpuArray},
     programs::{SchedClassifier, Xdp},
 };
 use proxier_common::{
     BackendKey, BackendValue, DropReason, ExternalKey, FlowKey, FlowValue, FragmentKey, FragmentValue, Hook,
-    MemberKey, MemberValue, PodKey, PodValue, ServiceValue, SessionKey, SessionValue, Statistic, XdpDevice,
+    MemberKey, MemberValue, PodKey, PodLinkValue, PodValue, ServiceValue, SessionKey, SessionValue,
+    Statistic, XdpDevice,
 };
 use proxier_ebpf::host::{HostPacket, HostTables};
 
@@ -79,6 +80,9 @@ pub struct Kernel {
     pub flows: HashMap<MapData, FlowKey, FlowValue>,
     /// The map `fragments`.
     pub fragments: HashMap<MapData, FragmentKey, FragmentValue>,
+    pod_links: Array<MapData, PodLinkValue>,
+    /// Entries of it that are not empty.
+    linked: Vec<u32>,
     drops: PerCpuArray<MapData, u64>,
     stats: PerCpuArray<MapData, u64>,
 }
@@ -115,6 +119,8 @@ impl Kernel {
             sessions: table(&mut ebpf, "sessions"),
             flows: table(&mut ebpf, "flows"),
             fragments: table(&mut ebpf, "fragments"),
+            pod_links: array(&mut ebpf, "pod_links"),
+            linked: Vec::new(),
             drops: counters(&mut ebpf, "drops"),
             stats: counters(&mut ebpf, "stats"),
             ebpf,
@@ -130,6 +136,9 @@ impl Kernel {
         clear(&mut self.sessions);
         clear(&mut self.flows);
         clear(&mut self.fragments);
+        for index in mem::take(&mut self.linked) {
+            self.pod_links.set(index, PodLinkValue::NONE, 0).expect("the array has such an entry");
+        }
         self.add(tables);
     }
 
@@ -139,6 +148,10 @@ impl Kernel {
         put(&mut self.backends, tables.backends.borrow().iter());
         put(&mut self.members, tables.members.borrow().iter());
         put(&mut self.pods, tables.pods.borrow().iter());
+        for (index, link) in tables.pod_links.borrow().iter() {
+            self.pod_links.set(*index, *link, 0).expect("the array has such an entry");
+            self.linked.push(*index);
+        }
     }
 
     /// Runs `program` on `packet`. What it returns, and what it makes of the packet.
@@ -308,6 +321,11 @@ fn run_in(
 }
 
 fn table<K: Pod, V: Pod>(ebpf: &mut Ebpf, name: &str) -> HashMap<MapData, K, V> {
+    let map = ebpf.take_map(name).unwrap_or_else(|| panic!("the object has no map {name}"));
+    map.try_into().unwrap_or_else(|error| panic!("{name}: {error}"))
+}
+
+fn array<V: Pod>(ebpf: &mut Ebpf, name: &str) -> Array<MapData, V> {
     let map = ebpf.take_map(name).unwrap_or_else(|| panic!("the object has no map {name}"));
     map.try_into().unwrap_or_else(|error| panic!("{name}: {error}"))
 }

@@ -426,6 +426,77 @@ fn a_client_that_the_routing_finds_elsewhere_is_answered_there() {
     }
 }
 
+/// Packets of a family that the node's stack forwards out by an interface.
+fn forwarded_by(scenario: &Scenario, family: &str) -> u64 {
+    let counters = scenario.on_node("nft", &["-j", "list", "counters"]);
+    let counters: serde_json::Value = serde_json::from_str(&counters).unwrap();
+    let mut counters = counters["nftables"].as_array().unwrap().iter();
+    counters
+        .find_map(|entry| (entry["counter"]["name"] == family).then(|| &entry["counter"]["packets"]))
+        .unwrap()
+        .as_u64()
+        .unwrap()
+}
+
+#[test]
+fn a_conversation_goes_by_the_stacks_rules_while_the_route_to_its_pod_leads_elsewhere() {
+    skip_unless_root!();
+    const DATAGRAMS: u64 = 5;
+    let scenario = scenario(&LabSpec::unique());
+    // To somebody on the node, who is no pod.
+    let node = &scenario.lab.node.namespace;
+    node.ip("link add other0 type veth peer name other1\nlink set other0 up\nlink set other1 up\n").unwrap();
+    nft(
+        &scenario,
+        "table inet lab {
+           counter v4 {}
+           counter v6 {}
+           chain forward {
+             type filter hook forward priority filter;
+             meta nfproto ipv4 oifname other0 counter name v4
+             meta nfproto ipv6 oifname other0 counter name v6
+           }
+         }",
+    );
+    for external in externals() {
+        let talk = Talk::begin(&scenario, external);
+        let client = &scenario.lab.client;
+        let family = if external.is_ipv4() { "v4" } else { "v6" };
+        let pod = talk.at_pod.ip();
+        let link = scenario.lab.pods.iter().position(|pod| pod.host.name == talk.pod.name).unwrap() + 1;
+        let route = |kind_and_link: &str| {
+            let (kind, link) = kind_and_link.split_once(' ').unwrap_or((kind_and_link, ""));
+            node.ip(&format!("route replace {kind} {pod} {link}\n")).unwrap();
+        };
+        node.ip(&format!("neighbour add {pod} lladdr 02:00:00:00:09:09 dev other0 nud permanent\n")).unwrap();
+        for round in 1..=2 {
+            let at_pod = talk.pod.capture().unwrap();
+            route("unicast dev other0");
+            for _ in 0..DATAGRAMS {
+                client.send(&[talk.question(10)]).unwrap();
+            }
+            let passed = wait::until(PATIENCE, || {
+                (forwarded_by(&scenario, family) == round * DATAGRAMS).then_some(())
+            });
+            assert!(passed.is_some(), "{} of {}", forwarded_by(&scenario, family), round * DATAGRAMS);
+            let at_client = client.capture().unwrap();
+            route("unreachable");
+            client.send(&[talk.question(10)]).unwrap();
+            let told = |packet: &Packet| packet.quoted_addresses() == Some((talk.client.ip(), external));
+            assert!(at_client.wait_for(PATIENCE, Direction::In, told).is_some(), "the client is not told");
+            let from_client = |packet: &Packet| packet.source == talk.client.ip();
+            assert!(!at_pod.packets(Direction::In).iter().any(from_client));
+            // And back: the same conversation, past the stack.
+            route(&format!("unicast dev pod{link}"));
+            client.send(&[talk.question(10)]).unwrap();
+            assert!(at_pod.wait_for(PATIENCE, Direction::In, from_client).is_some());
+            let answered = |packet: &Packet| packet.source == external && packet.protocol == protocol::UDP;
+            assert!(at_client.wait_for(PATIENCE, Direction::In, answered).is_some());
+            assert_eq!(forwarded_by(&scenario, family), round * DATAGRAMS);
+        }
+    }
+}
+
 #[test]
 fn a_pod_with_the_address_of_another_does_not_get_past_the_filters_of_its_link() {
     skip_unless_root!();

@@ -13,6 +13,8 @@ use std::{
     time::Duration,
 };
 
+use aya::maps::{Array, Map, MapData};
+use proxier_common::{MAX_POD_LINKS, POD_HAS_PEER, PodLinkValue, SCHEMA};
 use proxier_tests::{
     connection::Connection,
     exchange::{Protocol, Question, SILENCE},
@@ -118,10 +120,25 @@ fn wait_for_by_stack(scenario: &Scenario, count: usize) -> Vec<String> {
     came.unwrap_or_else(|| panic!("never {count}: {:?}", reasons()))
 }
 
+/// What the programs know of a link: whether it has a peer, if it is one by which pods are reached directly.
+fn pod_link(scenario: &Scenario, link: &str) -> Option<bool> {
+    let line = scenario.on_node("ip", &["-o", "link", "show", link]);
+    let index: u32 = line.split(':').next().unwrap().trim().parse().unwrap();
+    let pin = scenario.lab.pin_path().join(format!("v{SCHEMA}")).join("pod_links");
+    let links = Map::Array(MapData::from_pin(pin).unwrap());
+    let links: Array<_, PodLinkValue> = Array::try_from(links).unwrap();
+    let entry = links.get(&(index % MAX_POD_LINKS), 0).unwrap();
+    (entry.interface == index).then_some(entry.flags & POD_HAS_PEER != 0)
+}
+
 fn both_side_by_side(pod_network: PodNetwork, link: &str) {
     let scenario = start_both(pod_network, &[]);
     wait_for_endpoints(&scenario, DIRECT, "direct", Some(link));
     wait_for_endpoints(&scenario, BESIDE, "stack", None);
+    // Before the first packet.
+    assert_eq!(scenario.get("flows"), [] as [serde_json::Value; 0]);
+    assert_eq!(pod_link(&scenario, link), Some(pod_network == PodNetwork::PointToPoint));
+    assert_eq!(pod_link(&scenario, "pod2"), None);
     forbid_forwarding(&scenario, &scenario.pod(DIRECT));
     for (external, beside) in externals().into_iter().zip(externals_beside()) {
         assert_eq!(answered_by(&scenario, external, 42000).as_deref(), Ok(DIRECT));

@@ -15,8 +15,8 @@ use proxier_common::{
     BackendKey, BackendValue, DROP_COUNTERS, DropEvent, EVENT_BYTES, EventBudget, ExternalKey, FlowKey,
     FlowValue, FragmentKey, FragmentValue, MAX_BACKENDS, MAX_FLOWS, MAX_FRAGMENTS, MAX_POD_LINKS,
     MAX_SERVICES, MAX_SESSIONS, MAX_SOURCES, MAX_XDP_DEVICES, MemberKey, MemberValue, NameKey, NameValue,
-    PodKey, PodValue, STATISTICS, ServiceValue, SessionKey, SessionValue, SourceKey, SourceValue, Statistic,
-    XdpDevice,
+    PodKey, PodLinkValue, PodValue, STATISTICS, ServiceValue, SessionKey, SessionValue, SourceKey,
+    SourceValue, Statistic, XdpDevice,
 };
 use proxier_ebpf::tables::{FlowEntry, InsertError, SessionEntry, Tables};
 
@@ -36,7 +36,7 @@ static MEMBERS: HashMap<MemberKey, MemberValue, { MAX_BACKENDS as usize }, NO_PR
 static PODS: HashMap<PodKey, PodValue, { MAX_SERVICES as usize }, NO_PREALLOC> = HashMap::new();
 
 #[btf_map(name = "pod_links")]
-static POD_LINKS: Array<u64, { MAX_POD_LINKS as usize }> = Array::new();
+static POD_LINKS: Array<PodLinkValue, { MAX_POD_LINKS as usize }> = Array::new();
 
 /// Not pinned, and written by the agent before the program at XDP is attached.
 #[btf_map(name = "xdp_devices")]
@@ -86,15 +86,6 @@ pub(super) fn take_event_budget(counter: u32, now: u64) -> bool {
 #[inline(always)]
 pub(super) fn report(event: &DropEvent) {
     let _ = EVENTS.output(event, 0);
-}
-
-/// Whether pods that are reached past the node's stack may send by the interface.
-#[inline(always)]
-pub(super) fn may_be_direct(interface: u32) -> bool {
-    // SAFETY: copied at once; any value is one.
-    POD_LINKS
-        .get_ptr(interface % MAX_POD_LINKS)
-        .is_some_and(|known| unsafe { ptr::read_volatile(known) } != 0)
 }
 
 /// What is known of a device at XDP, by its interface's index.
@@ -238,6 +229,18 @@ impl Tables for KernelTables {
     }
 
     #[inline(always)]
+    fn pod_link(&self, interface: u32) -> Option<PodLinkValue> {
+        let link = POD_LINKS.get_ptr(interface % MAX_POD_LINKS)?;
+        // SAFETY: a look-up in this run returned the pointer, to eight bytes that are aligned to as many. Read at once: the agent may
+        // write to them.
+        let word = unsafe { ptr::read_volatile(link.cast::<u64>()) };
+        // SAFETY: both types have 8 bytes, and any bytes make a value of plain integers.
+        let link: PodLinkValue = unsafe { mem::transmute(word) };
+        // Where nothing is written, the entry is of 0, and empty.
+        (link.interface == interface && link != PodLinkValue::NONE).then_some(link)
+    }
+
+    #[inline(always)]
     fn is_permitted(&self, key: &SourceKey) -> bool {
         SOURCES.get(&Key::new(SourceKey::BITS, *key)).is_some()
     }
@@ -295,14 +298,6 @@ impl Tables for KernelTables {
     fn remove_fragment(&self, key: &FragmentKey) {
         // The only error is that it is not there.
         let _ = FRAGMENTS.remove(key);
-    }
-
-    #[inline(always)]
-    fn expect_replies_by(&self, link: u32) {
-        if let Some(known) = POD_LINKS.get_ptr_mut(link % MAX_POD_LINKS) {
-            // SAFETY: a look-up in this run returned the pointer. All write the same.
-            unsafe { ptr::write_volatile(known, 1) };
-        }
     }
 
     #[inline(always)]

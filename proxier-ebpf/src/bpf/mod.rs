@@ -18,7 +18,7 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use proxier_common::{DELIVERY_NODE, DELIVERY_STACK, DropReason, Hook, LINK_OF_PORTS};
-use proxier_ebpf::{Origin, Packet as _, Verdict, Way, packet::WriteError, verifier};
+use proxier_ebpf::{Origin, Packet as _, Tables as _, Verdict, verifier};
 
 use self::{
     maps::KernelTables,
@@ -100,9 +100,9 @@ fn from_pod(mut packet: Skb<'_, ETHERNET_HEADER>, is_genuine: fn(&TcContext) -> 
     const HOOK: Hook = Hook::PodIngress;
     let context = packet.context();
     // Before anything else: there is more of it than of what pods ask for themselves.
-    let link = if packet.is_port() { LINK_OF_PORTS } else { packet.interface() };
     let mut action = Ok(TC_ACT_UNSPEC);
-    if direct_delivery() && maps::may_be_direct(link) {
+    let link = if packet.is_port() { LINK_OF_PORTS } else { packet.interface() };
+    if direct_delivery() && KernelTables.pod_link(link).is_some() {
         action = answer_directly(context, packet.is_port());
     }
     // Without local clients, it is here for what is delivered directly alone.
@@ -136,21 +136,33 @@ fn answer_directly(context: &TcContext, is_port: bool) -> Result<i32, DropReason
             packet.set_sent();
             redirect::in_by(context, &path)
         }
-        Verdict::Forward => forward::<ETHERNET_HEADER>(context, false),
+        Verdict::Forward => forward_to_client(context),
         Verdict::Drop(reason) => Err(reason),
         _ => Ok(TC_ACT_UNSPEC),
     }
 }
 
-/// Sends a packet that was rewritten past the stack, if it can go so.
+/// Sends a pod's error about a request, rewritten, past the stack, if it can go so.
 #[inline(never)]
-fn forward<const LINK_HEADER: u32>(context: &TcContext, into_pod: bool) -> Result<i32, DropReason> {
+fn forward_to_client(context: &TcContext) -> Result<i32, DropReason> {
     let mut path = Path::NONE;
-    match proxier_ebpf::forward(&mut Skb::<LINK_HEADER>::new(context), &mut path) {
-        Ok(Way::Open) if into_pod => redirect::into_peer(context, &path),
-        Ok(Way::Open) => Ok(redirect::out_by(&path)),
-        Ok(Way::TooNarrow | Way::None) => Ok(TC_ACT_UNSPEC),
-        Err(WriteError) => Err(DropReason::RewriteFailed),
+    match proxier_ebpf::forward_to_client(&mut Skb::<ETHERNET_HEADER>::new(context), &mut path) {
+        Verdict::Forward => Ok(redirect::out_by(&path)),
+        Verdict::Drop(reason) => Err(reason),
+        _ => Ok(TC_ACT_UNSPEC),
+    }
+}
+
+/// Sends a packet to a pod, rewritten, past the stack, if it can go so.
+#[inline(never)]
+fn forward_to_pod<const LINK_HEADER: u32>(context: &TcContext, into_pod: bool) -> Result<i32, DropReason> {
+    let mut path = Path::NONE;
+    let mut packet = Skb::<LINK_HEADER>::new(context);
+    match proxier_ebpf::forward_to_pod(&mut packet, &KernelTables, into_pod, &mut path) {
+        Verdict::ForwardIntoPod => redirect::into_peer(context, &path),
+        Verdict::Forward => Ok(redirect::out_by(&path)),
+        Verdict::Drop(reason) => Err(reason),
+        _ => Ok(TC_ACT_UNSPEC),
     }
 }
 
@@ -176,7 +188,11 @@ fn from_outside<const LINK_HEADER: u32>(context: &TcContext) -> i32 {
     match proxier_ebpf::request(&mut packet, &KernelTables, Origin::Outside) {
         verdict @ (Verdict::Forward | Verdict::ForwardIntoPod) => {
             let into_pod = verifier::forget_whether(verdict == Verdict::ForwardIntoPod);
-            code::<LINK_HEADER>(context, forward::<LINK_HEADER>(context, into_pod), Hook::UplinkIngress)
+            code::<LINK_HEADER>(
+                context,
+                forward_to_pod::<LINK_HEADER>(context, into_pod),
+                Hook::UplinkIngress,
+            )
         }
         verdict => action::<LINK_HEADER>(context, verdict, Hook::UplinkIngress, through_stack),
     }

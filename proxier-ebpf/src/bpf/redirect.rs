@@ -155,6 +155,12 @@ impl Path {
         next_hop: [0; 5],
         addresses: MacAddresses { destination: [0; 6], source: [0; 6] },
     };
+
+    /// The interface by which it leads.
+    #[inline(always)]
+    pub(super) const fn interface(&self) -> u32 {
+        self.interface
+    }
 }
 
 /// Asks the routing for the way of a packet that came in by the interface that it is seen at, and that will be of this length

@@ -162,6 +162,11 @@ impl<const LINK_HEADER: u32> Packet for Skb<'_, LINK_HEADER> {
     }
 
     #[inline(always)]
+    fn onward_interface(&self, path: &Path) -> u32 {
+        path.interface()
+    }
+
+    #[inline(always)]
     fn segment_size(&self) -> u32 {
         // SAFETY: as in `is_made_here`.
         unsafe { (*self.context.skb.skb).gso_size }

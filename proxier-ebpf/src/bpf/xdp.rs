@@ -179,6 +179,11 @@ impl Packet for Frame<'_> {
     }
 
     #[inline(always)]
+    fn onward_interface(&self, _path: &()) -> u32 {
+        0
+    }
+
+    #[inline(always)]
     fn is_of_link(&self, interface: u32) -> bool {
         self.interface() == interface
     }

@@ -47,6 +47,10 @@ impl Packet for Early {
         panic!("the way is for tc to find");
     }
 
+    fn onward_interface(&self, (): &()) -> u32 {
+        panic!("the way is for tc to find");
+    }
+
     fn is_of_link(&self, interface: u32) -> bool {
         self.packet.is_of_link(interface)
     }

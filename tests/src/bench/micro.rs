@@ -16,10 +16,10 @@ use anyhow::{Context as _, ensure};
 use etherparse::{Icmpv4Header, Icmpv4Type, icmpv4::DestUnreachableHeader};
 use proxier_common::{
     Address, BackendKey, BackendValue, DELIVERY_STACK, ExternalKey, MemberKey, MemberValue, POD_HAS_PEER,
-    PodKey, PodValue, SERVICE_DIRECT, ServiceValue, timeout::SECOND,
+    PodKey, PodLinkValue, PodValue, SERVICE_DIRECT, ServiceValue, timeout::SECOND,
 };
 use proxier_ebpf::{
-    Origin, Verdict, Way,
+    Origin, Verdict,
     host::{HostPacket, HostTables},
 };
 use serde::{Deserialize, Serialize};
@@ -297,6 +297,7 @@ fn tables(pod: Ipv4Addr, delivery: Delivery) -> HostTables {
         MemberValue { since_generation: generation, flags: 0 },
     );
     let value = PodValue { external, flags: flags_of_pod, interface };
+    tables.pod_links.borrow_mut().extend(PodLinkValue::of(&value));
     tables.pods.borrow_mut().insert(PodKey { pod }, value);
     tables
 }
@@ -392,8 +393,9 @@ fn core(tables: &HostTables, program: &str, packet: &mut HostPacket) -> Verdict 
     match program {
         REQUEST => match proxier_ebpf::request(packet, tables, Origin::Outside) {
             verdict @ (Verdict::Forward | Verdict::ForwardIntoPod) => {
-                let way = proxier_ebpf::forward(packet, &mut path);
-                if matches!(way, Ok(Way::Open)) { verdict } else { Verdict::Rewritten }
+                packet.onward = node::POD_LINK;
+                let into_pod = verdict == Verdict::ForwardIntoPod;
+                proxier_ebpf::forward_to_pod(packet, tables, into_pod, &mut path)
             }
             verdict => verdict,
         },

@@ -194,6 +194,13 @@ impl BpfSink {
     fn let_go(&mut self, view: &View, going: &BTreeSet<u32>) {
         for index in going {
             let index = *index;
+            // Both directions at once, or conversations that go on would have one past the stack and one through it.
+            if let Err(error) = self.tables.remove_link(index) {
+                tracing::warn!(
+                    index,
+                    "direct conversations by an interface that goes may not go on: {error}"
+                );
+            }
             let interface = view.interfaces.iter().find(|interface| interface.index == index);
             let detached = match interface {
                 Some(interface) => attach::detach(&self.pin_path, interface),

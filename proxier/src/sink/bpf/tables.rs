@@ -23,8 +23,8 @@ use proxier_common::{
     Address, BackendKey, BackendValue, DROP_COUNTERS, EVENT_BYTES, EventBudget, ExternalKey, FlowKey,
     FlowValue, FragmentKey, FragmentValue, LINK_OF_PORTS, MAX_BACKENDS, MAX_FLOWS, MAX_FRAGMENTS,
     MAX_POD_LINKS, MAX_SERVICES, MAX_SESSIONS, MAX_SOURCES, MemberKey, MemberValue, NameKey, NameValue,
-    POD_HAS_PEER, PodKey, PodValue, SCHEMA, STATISTICS, ServiceValue, SessionKey, SessionValue, SourceKey,
-    SourceValue,
+    POD_HAS_PEER, PodKey, PodLinkValue, PodValue, SCHEMA, STATISTICS, ServiceValue, SessionKey, SessionValue,
+    SourceKey, SourceValue,
 };
 use thiserror::Error;
 
@@ -143,8 +143,7 @@ const EVENTS: Shape =
     Shape { name: "events", kind: MapType::RingBuf, key_size: 0, value_size: 0, max_entries: EVENT_BYTES };
 const EVENT_BUDGETS: Shape =
     Shape::of::<u32, EventBudget>("event_budgets", MapType::PerCpuArray, DROP_COUNTERS);
-/// The packet core's own, pinned so that conversations outlast the programs.
-const POD_LINKS: Shape = Shape::of::<u32, u64>("pod_links", MapType::Array, MAX_POD_LINKS);
+const POD_LINKS: Shape = Shape::of::<u32, PodLinkValue>("pod_links", MapType::Array, MAX_POD_LINKS);
 
 const ALL: [Shape; 14] = [
     SERVICES,
@@ -364,8 +363,8 @@ impl Sources {
     }
 }
 
-/// Where the programs look for direct replies.
-struct Links(Array<MapData, u64>);
+/// What the programs know of the links by which pods are reached past the node's stack.
+struct Links(Array<MapData, PodLinkValue>);
 
 impl fmt::Debug for Links {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -380,19 +379,23 @@ impl Links {
         map.map(Self).map_err(error)
     }
 
-    /// Has the programs look for them at a pod's link. They note it by themselves when a conversation begins; those that go on when
-    /// the link is replaced need it before.
-    fn expect_replies_of(&mut self, pod: &PodValue) -> Result<(), TableError> {
-        if pod.interface == 0 {
-            return Ok(());
+    /// Tells the programs what a pod's link is: before the pod is put, for its first packet may follow at once.
+    fn put_link_of(&mut self, pod: &PodValue) -> Result<(), TableError> {
+        let Some(entry) = PodLinkValue::of(pod) else { return Ok(()) };
+        let ports = (pod.flags & POD_HAS_PEER == 0).then_some((LINK_OF_PORTS, PodLinkValue::PORTS));
+        for (place, link) in [entry].into_iter().chain(ports) {
+            let error = |source| TableError::Access { map: POD_LINKS.name, action: "written", source };
+            self.0.set(place, link, 0).map_err(error)?;
         }
-        let ports = (pod.flags & POD_HAS_PEER == 0).then_some(LINK_OF_PORTS);
-        for link in [pod.interface % MAX_POD_LINKS].into_iter().chain(ports) {
-            self.0.set(link, 1, 0).map_err(|source| TableError::Access {
-                map: POD_LINKS.name,
-                action: "written",
-                source,
-            })?;
+        Ok(())
+    }
+
+    /// Has the programs take the interface for no pod's link any more.
+    fn remove(&mut self, interface: u32) -> Result<(), TableError> {
+        let place = interface % MAX_POD_LINKS;
+        let error = |action| move |source| TableError::Access { map: POD_LINKS.name, action, source };
+        if self.0.get(&place, 0).map_err(error("read"))?.interface == interface {
+            self.0.set(place, PodLinkValue::NONE, 0).map_err(error("written"))?;
         }
         Ok(())
     }
@@ -483,6 +486,28 @@ impl Tables {
         ])
     }
 
+    /// Tells the programs again by which links the pods of a former agent are reached.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused.
+    pub(super) fn put_links(&mut self) -> Result<(), TableError> {
+        for entry in self.pods.entries() {
+            let (_, pod) = entry?;
+            self.pod_links.put_link_of(&pod)?;
+        }
+        Ok(())
+    }
+
+    /// Has the programs take an interface, from which they are about to be taken, for no pod's link any more.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused.
+    pub(super) fn remove_link(&mut self, interface: u32) -> Result<(), TableError> {
+        self.pod_links.remove(interface)
+    }
+
     /// Carries out a step. `actual` is what the tables hold before it.
     ///
     /// # Errors
@@ -497,7 +522,7 @@ impl Tables {
             Step::PutMember(key, value) => self.members.put(key, value),
             Step::RemoveMember(key) => self.members.remove(key),
             Step::PutPod(key, value) => {
-                self.pod_links.expect_replies_of(value)?;
+                self.pod_links.put_link_of(value)?;
                 self.pods.put(key, value)
             }
             Step::RemovePod(key) => self.pods.remove(key),
