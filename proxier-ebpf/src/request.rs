@@ -118,14 +118,14 @@ fn ordinary<F: Family, P: Packet, T: Tables>(
     let mut request = Request::within(packet.length(), origin.delivery(), origin.may_be_direct(packet));
     match read::<F, P, T>(packet, tables, offset, &mut request) {
         Read::NotOurs => return Some(request.left_alone(origin)),
-        _ if P::COMES_AGAIN && !packet.is_for_host() => return Some(Verdict::Next),
-        Read::External => {}
         Read::Pod => {
             if !packet.is_rewritten() {
                 forget_flow(tables, &request, if packet.may_have_lost_mark() { JUST_NOW } else { 0 });
             }
             return Some(request.left_alone(origin));
         }
+        _ if P::COMES_AGAIN && !packet.is_for_host() => return Some(Verdict::Next),
+        Read::External => {}
         Read::Malformed => return Some(Verdict::Drop(DropReason::Malformed)),
         Read::TinyFragment => return Some(Verdict::Drop(DropReason::TinyFragment)),
     }

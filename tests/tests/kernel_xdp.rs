@@ -10,12 +10,13 @@
 #[path = "../../proxier-ebpf/tests/common/mod.rs"]
 mod common;
 
-use std::sync::Mutex;
+mod kernel;
 
 use common::{
     early::{Early, left_to_hardware},
     *,
 };
+use kernel::{any_packet, with_kernel};
 use proptest::prelude::*;
 use proxier_common::{DropReason, Hook, Statistic};
 use proxier_ebpf::{
@@ -26,14 +27,6 @@ use proxier_tests::program::{Kernel, XDP_DROP, XDP_PASS};
 
 /// How many bytes XDP leaves before a packet that it has rewritten.
 const MARK: usize = 12;
-
-/// Loading takes a second and the maps are shared, so the tests take turns.
-static KERNEL: Mutex<Option<Kernel>> = Mutex::new(None);
-
-fn with_kernel<R>(test: impl FnOnce(&mut Kernel) -> R) -> R {
-    let mut kernel = KERNEL.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    test(kernel.get_or_insert_with(Kernel::load))
-}
 
 /// Runs `packet` on the host, as it is seen at XDP, and in the kernel, and holds the results together.
 fn both(kernel: &Kernel, tables: &HostTables, packet: &HostPacket) -> Verdict {
@@ -173,42 +166,11 @@ fn icmp_errors_are_translated_at_xdp_as_on_the_host() {
     });
 }
 
-/// Headers that the host tests vary, too: options, extension headers, a VLAN tag, fragments, padding.
-fn any_packet() -> impl Strategy<Value = (Net, HostPacket)> {
-    let headers = (
-        0..10_usize,
-        prop::collection::vec(prop::sample::select(vec![0_u8, 43, 51, 60]), 0..10),
-        any::<bool>(),
-        prop::option::of((0..3_u16, any::<bool>(), any::<u32>())),
-        0..20_usize,
-    );
-    let protocol = prop::sample::select(vec![TCP, UDP, UDPLITE, SCTP, DCCP, GRE, ESP, ICMP, ICMPV6, 59, 89]);
-    (prop::sample::select(BOTH.to_vec()), headers, protocol, any::<(u8, u16)>(), 0..200_usize).prop_map(
-        |(net, (options, extensions, vlan, fragment, padding), protocol, (kind, port), length)| {
-            let network = Network {
-                vlans: if vlan { vec![5] } else { Vec::new() },
-                options: vec![1; options * 4],
-                extensions: extensions
-                    .into_iter()
-                    .map(|number| {
-                        (number, if number == 51 { [vec![4], vec![0; 22]].concat() } else { vec![0; 7] })
-                    })
-                    .collect(),
-                fragment,
-                padding,
-            };
-            let first = if matches!(protocol, ICMP | ICMPV6) { kind.into() } else { 40_000 };
-            let ports = (first, port);
-            (net, packet(&network, net.client, net.external, protocol, ports, &vec![0xab; length]))
-        },
-    )
-}
-
 proptest! {
     #![proptest_config(ProptestConfig { cases: 2_000, ..ProptestConfig::default() })]
 
     #[test]
-    fn any_packet_fares_at_xdp_as_on_the_host((net, there) in any_packet()) {
+    fn any_packet_fares_at_xdp_as_on_the_host((net, there, _) in any_packet()) {
         with_kernel(|kernel| {
             let tables = tables(&[net.external], &[net.pod]);
             kernel.set(&tables);
@@ -218,7 +180,7 @@ proptest! {
 
     #[test]
     fn a_packet_cut_short_or_damaged_fares_at_xdp_as_on_the_host(
-        (net, there) in any_packet(),
+        (net, there, _) in any_packet(),
         length in any::<prop::sample::Index>(),
         damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
     ) {

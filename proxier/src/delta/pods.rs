@@ -124,6 +124,11 @@ impl Actual {
         self.direct_services().flat_map(|id| self.members_of(id)).map(|(pod, _)| pod)
     }
 
+    /// What the tables say of the pods of Services.
+    pub fn pods(&self) -> impl Iterator<Item = &PodValue> {
+        self.pods.values()
+    }
+
     /// The Services for whose sake a pod is one of [`Actual::direct_pods`].
     #[must_use]
     pub fn direct_services_of(&self, pod: Address) -> BTreeSet<ObjectName> {

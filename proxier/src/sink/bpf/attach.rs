@@ -175,6 +175,29 @@ pub(super) fn attach(
     }
 }
 
+/// What became of the link that a former program was attached by.
+#[derive(Debug)]
+pub(super) enum Former<Id> {
+    /// There is none.
+    None,
+    /// It has the new program, which knows it by this: there was no moment without one.
+    TakenOver(Id),
+    /// The interface of its index is another one by now. Its pin is still there.
+    LeadsNowhere,
+}
+
+/// Has the link that is pinned run another program, which `replace` attaches to it.
+pub(super) fn take_over<Id>(pin: &Path, replace: impl FnOnce(FdLink) -> anyhow::Result<Id>) -> Former<Id> {
+    let Ok(link) = PinnedLink::from_pin(pin) else { return Former::None };
+    match replace(link.into()) {
+        Ok(id) => Former::TakenOver(id),
+        Err(error) => {
+            tracing::debug!("the pinned link {} is replaced: {error:#}", pin.display());
+            Former::LeadsNowhere
+        }
+    }
+}
+
 fn attach_tcx(
     program: &mut SchedClassifier,
     place: Place,
@@ -182,20 +205,16 @@ fn attach_tcx(
     interface: &Interface,
 ) -> anyhow::Result<()> {
     let pin = place.pin(pin_path, interface.index);
-    if let Ok(link) = PinnedLink::from_pin(&pin) {
-        match SchedClassifierLink::try_from(FdLink::from(link))
-            .map_err(anyhow::Error::from)
-            .and_then(|link| Ok(program.attach_to_link(link)?))
-        {
-            Ok(id) => {
-                // Closing this descriptor leaves the pin, and with it the link.
-                drop(program.take_link(id)?);
-                return Ok(());
-            }
-            // The interface of this index is another one by now, and the link leads nowhere.
-            Err(error) => tracing::debug!("the pinned link {} is replaced: {error:#}", pin.display()),
+    match take_over(&pin, |link| Ok(program.attach_to_link(SchedClassifierLink::try_from(link)?)?)) {
+        Former::TakenOver(id) => {
+            // Closing this descriptor leaves the pin, and with it the link.
+            drop(program.take_link(id)?);
+            return Ok(());
         }
-        fs::remove_file(&pin).with_context(|| format!("{} cannot be removed", pin.display()))?;
+        Former::LeadsNowhere => {
+            fs::remove_file(&pin).with_context(|| format!("{} cannot be removed", pin.display()))?;
+        }
+        Former::None => {}
     }
     let options = TcAttachOptions::TcxOrder(LinkOrder::first());
     let id = program.attach_with_options(&interface.name, place.attach_type(), options)?;

@@ -167,7 +167,7 @@ impl BpfSink {
         let xdp = xdp::Attachments::new(&mut ebpf, ingress)?;
         let mut tables = Tables::open(&pin_path)?;
         let actual = tables.read()?;
-        tables.put_links()?;
+        tables.put_links(&actual)?;
         // A former agent may have been killed between a change and the sweep that belongs to it.
         tables.sweep(|_, _| true)?;
         if actual.has_no_service() {

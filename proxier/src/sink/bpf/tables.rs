@@ -491,12 +491,8 @@ impl Tables {
     /// # Errors
     ///
     /// The kernel refused.
-    pub(super) fn put_links(&mut self) -> Result<(), TableError> {
-        for entry in self.pods.entries() {
-            let (_, pod) = entry?;
-            self.pod_links.put_link_of(&pod)?;
-        }
-        Ok(())
+    pub(super) fn put_links(&mut self, actual: &Actual) -> Result<(), TableError> {
+        actual.pods().try_for_each(|pod| self.pod_links.put_link_of(pod))
     }
 
     /// Has the programs take an interface, from which they are about to be taken, for no pod's link any more.

@@ -14,19 +14,14 @@ use anyhow::{Context as _, anyhow, bail};
 use aya::{
     Ebpf,
     maps::{HashMap, MapData, MapError},
-    programs::{
-        ProgramError, Xdp, XdpError, XdpMode,
-        links::{FdLink, PinnedLink},
-        loaded_programs,
-        xdp::XdpLink,
-    },
+    programs::{ProgramError, Xdp, XdpError, XdpMode, links::FdLink, loaded_programs, xdp::XdpLink},
 };
 use proxier_common::XdpDevice;
 use tokio::{runtime::Handle, task};
 
 use super::{
     BpfSink,
-    attach::{REQUEST_PREFIX, Role, directory},
+    attach::{Former, REQUEST_PREFIX, Role, directory, take_over},
     uplinks::{self, Device, Interface, LinkHeader, View},
 };
 use crate::sink::Xdp as State;
@@ -267,20 +262,14 @@ fn attach(ebpf: &mut Ebpf, pin_path: &Path, interface: &Interface, mode: Mode) -
         is_making_way |= remove(&other.pin(pin_path, interface.index))?;
     }
     let pin = mode.pin(pin_path, interface.index);
-    if let Ok(link) = PinnedLink::from_pin(&pin) {
-        match XdpLink::try_from(FdLink::from(link))
-            .map_err(anyhow::Error::from)
-            .and_then(|link| Ok(program.attach_to_link(link)?))
-        {
-            Ok(id) => {
-                // Closing this descriptor leaves the pin, and with it the link.
-                drop(program.take_link(id)?);
-                return Ok(());
-            }
-            // The interface of this index is another one by now, and the link leads nowhere.
-            Err(error) => tracing::debug!("the pinned link {} is replaced: {error:#}", pin.display()),
+    match take_over(&pin, |link| Ok(program.attach_to_link(XdpLink::try_from(link)?)?)) {
+        Former::TakenOver(id) => {
+            // Closing this descriptor leaves the pin, and with it the link.
+            drop(program.take_link(id)?);
+            return Ok(());
         }
-        is_making_way |= remove(&pin)?;
+        Former::LeadsNowhere => is_making_way |= remove(&pin)?,
+        Former::None => {}
     }
     let id = attach_anew(program, interface, mode, is_making_way)
         .map_err(|error| refusal(error, interface, mode))?;
