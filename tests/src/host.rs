@@ -1,7 +1,7 @@
 //! A host of the lab: a namespace with an interface, whose programs open sockets and send packets of any shape.
 
 use std::{
-    io,
+    fs, io,
     net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
     time::Duration,
 };
@@ -14,10 +14,14 @@ use crate::{
     inbox::Inbox,
     netns::Namespace,
     packets::{Packet, protocol},
+    wait,
 };
 
 /// The only interface of hosts that have one, apart from loopback.
 pub const INTERFACE: &str = "eth0";
+
+/// A socket is gone when every program that got it by a fork runs: milliseconds, seconds on a machine that has much to do.
+const CLOSES_WITHIN: Duration = Duration::from_secs(10);
 
 /// How packets made by hand leave a host.
 #[derive(Clone, Copy, Debug)]
@@ -107,6 +111,28 @@ impl Host {
     /// As `bind(2)`.
     pub fn udp(&self, from: SocketAddr) -> io::Result<UdpSocket> {
         self.datagram(from, Protocol::UDP)
+    }
+
+    /// Closes a UDP socket of this host, and waits until nothing of it is left. A program that another thread is starting just then
+    /// has the socket as well until it runs, and what comes meanwhile is delivered, not refused.
+    ///
+    /// # Errors
+    ///
+    /// Something keeps it open.
+    pub fn close(&self, socket: UdpSocket) -> anyhow::Result<()> {
+        let address = socket.local_addr()?;
+        drop(socket);
+        let table = if address.is_ipv4() { "udp" } else { "udp6" };
+        self.namespace.enter(|| {
+            // The second word of a line is the local address and port, in hexadecimal (Linux, Documentation/networking/proc_net_tcp.rst).
+            let end = format!(":{:04X}", address.port());
+            let gone = wait::until(CLOSES_WITHIN, || {
+                let sockets = fs::read_to_string(format!("/proc/thread-self/net/{table}")).ok()?;
+                let mut local = sockets.lines().filter_map(|line| line.split_whitespace().nth(1));
+                (!local.any(|local| local.ends_with(&end))).then_some(())
+            });
+            gone.with_context(|| format!("{}: the socket at {address} stays open", self.name))
+        })
     }
 
     /// A UDP-Lite socket at `from`. It reads and writes like a UDP socket.

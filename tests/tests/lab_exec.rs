@@ -119,8 +119,12 @@ fn rules_come_and_go(scenario: &mut Scenario, list: &[&[&str]]) {
     // Ranges that overlap.
     let service = format!("{service}  loadBalancerSourceRanges:\n{ranges}{ranges}  - \"192.168.1.100/31\"\n");
     scenario.write("service.yaml", &service);
+    // The script is called once a family.
+    let [_, allowed_v6] = allowed.map(|address| address.to_string());
     wait_for_rules(scenario, list, |rules| {
-        rules.contains("192.168.1.100/31") && has_word(rules, &left[0].to_string())
+        rules.contains("192.168.1.100/31")
+            && has_word(rules, &allowed_v6)
+            && left.iter().all(|pod| has_word(rules, &pod.to_string()))
     });
     ask_all(scenario, 44000);
     for external in externals() {

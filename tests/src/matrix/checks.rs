@@ -216,7 +216,7 @@ fn error_of_the_client(case: &Case<'_>) -> anyhow::Result<()> {
     let (_, peer) = server.recv_from(&mut [0; 64]).context("the question never reaches the pod")?;
     ensure!(peer.ip() == case.client_as_pods_see_it(), "the pod saw {peer}");
     server.connect(peer)?;
-    drop(client);
+    case.client.close(client)?;
     server.send(b"answer")?;
     refused(&server, peer.ip()).context("the pod")?;
     watch.finish(&[protocol::UDP, Protocol::Icmp.number(case.external)])
