@@ -17,7 +17,7 @@ use proxier::{
         kube::{Options, Timing},
     },
 };
-use proxier_tests::apiserver::{ApiServer, Fault, FutureWatch, Kind, Resource, Step, Verb};
+use proxier_tests::apiserver::{ApiServer, Fault, FutureWatch, Kind, Request, Resource, Step, Verb};
 use rand::{RngExt as _, SeedableRng as _, rngs::Xoshiro256PlusPlus};
 use serde_json::{Value, json};
 use tokio::{sync::Semaphore, task::JoinSet};
@@ -29,7 +29,7 @@ use crate::cluster::{Observer, TIMING};
 
 const PROXY_NAME: &str = "faults";
 /// How many servers are driven at a time.
-const AT_A_TIME: usize = 24;
+const AT_A_TIME: usize = 12;
 
 /// A server with a few pages of objects, and who watches it.
 struct Rig {
@@ -69,8 +69,30 @@ impl Rig {
 
     /// Waits until what the observer knows is what there is.
     async fn converge(&self, observer: &mut Observer, what: &str) {
-        let server = self.server.clone();
-        observer.until(what, move |catalog| *catalog == truth(&server)).await;
+        let converges = observer.comes_to(|catalog| *catalog == truth(&self.server)).await;
+        assert!(converges, "{what}: never comes to the truth.\n{}", self.differences(observer));
+    }
+
+    /// What the observer does not know as it is, and what has gone to and fro lately.
+    fn differences(&self, observer: &Observer) -> String {
+        let (truth, known) = (truth(&self.server), &observer.catalog);
+        let missing = truth.objects().filter(|object| !known.holds(object));
+        let missing = missing.map(|object| format!("not known as it is: {object:?}"));
+        let wrong = known.objects().filter(|object| !truth.holds(object));
+        let wrong = wrong.map(|object| format!("known and wrong: {object:?}"));
+        let requests = self.server.requests();
+        let last = requests.iter().rev().take(40).rev().map(|request| {
+            let from = request.parameter("resourceVersion").unwrap_or_default();
+            let Request { at, verb, path, status, .. } = request;
+            format!("{:?} ago: {verb:?} {path} from {from:?}: {status:?}", at.elapsed())
+        });
+        let watchers = Resource::ALL.map(|resource| (resource, self.server.watchers(resource)));
+        let now = format!(
+            "the server is at {}, watched {watchers:?}, out of sight {:?}",
+            self.server.resource_version(),
+            observer.away.get()
+        );
+        missing.chain(wrong).chain(last).chain([now]).collect::<Vec<_>>().join("\n")
     }
 
     /// Changes some objects, removes one and adds one: never those below 3, which are the anchors.

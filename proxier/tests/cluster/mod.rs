@@ -35,8 +35,9 @@ use tokio::sync::mpsc;
 /// A real cluster's kubeconfig.
 const REAL: &str = "PROXIER_TEST_KUBECONFIG";
 
-/// Nothing here takes as long; this only keeps a test that would wait for ever from doing so.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Nothing here takes as long, however little of a busy machine is left for it; this only keeps a test that would wait for ever
+/// from doing so.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Pauses that a test can wait for.
 pub(crate) const TIMING: Timing = Timing {
@@ -332,16 +333,23 @@ impl Observer {
         }
     }
 
-    /// Takes what comes until the catalog is as wanted.
-    pub(crate) async fn until(&mut self, what: &str, wanted: impl Fn(&Catalog) -> bool) {
+    /// Takes what comes until the catalog is as wanted. Returns whether that comes to pass.
+    pub(crate) async fn comes_to(&mut self, wanted: impl Fn(&Catalog) -> bool) -> bool {
         let end = Instant::now() + PATIENCE;
         while self.heard == 0 || !wanted(&self.catalog) {
             let rest = end.saturating_duration_since(Instant::now());
             let Ok(batch) = tokio::time::timeout(rest, self.batches.recv()).await else {
-                panic!("{what}: never comes to pass. {:?} {:#?}", self.away, self.catalog);
+                return false;
             };
             self.absorb(batch.unwrap());
         }
+        true
+    }
+
+    /// [`Self::comes_to`], which it must.
+    pub(crate) async fn until(&mut self, what: &str, wanted: impl Fn(&Catalog) -> bool) {
+        let comes_to_pass = self.comes_to(wanted).await;
+        assert!(comes_to_pass, "{what}: never comes to pass. {:?} {:#?}", self.away, self.catalog);
     }
 
     /// Takes what comes until the node should have what is wanted.
