@@ -25,7 +25,7 @@ use tokio::{sync::Semaphore, task::JoinSet};
 #[allow(dead_code, reason = "each test program uses its part")]
 mod cluster;
 
-use crate::cluster::{Observer, TIMING};
+use crate::cluster::{Observer, PATIENCE, TIMING};
 
 const PROXY_NAME: &str = "faults";
 /// How many servers are driven at a time.
@@ -210,7 +210,7 @@ async fn a_server_that_fails_at_the_start_is_heard_once_it_is_well() {
         let mut observer = rig.observe().await;
         let what = format!("{fault} at the start");
         // Nothing before everything: the first batch is the whole.
-        let first = tokio::time::timeout(Duration::from_secs(30), observer.batches.recv()).await;
+        let first = tokio::time::timeout(PATIENCE, observer.batches.recv()).await;
         observer.absorb(first.unwrap_or_else(|_| panic!("{what}: nothing comes")).unwrap());
         assert_eq!(observer.catalog, truth(&rig.server), "{what}");
         rig.change(1);
@@ -393,7 +393,7 @@ async fn a_busy_server_is_left_alone_for_as_long_as_it_asks() {
 
 /// Waits until a watch says why it fails.
 async fn reason_of(observer: &mut Observer, what: &str) -> String {
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + PATIENCE;
     loop {
         let away = observer.away.get();
         if let Some(reason) = away.values().find(|reason| reason.contains(what)) {

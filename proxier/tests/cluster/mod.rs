@@ -37,7 +37,7 @@ const REAL: &str = "PROXIER_TEST_KUBECONFIG";
 
 /// Nothing here takes as long, however little of a busy machine is left for it; this only keeps a test that would wait for ever
 /// from doing so.
-const PATIENCE: Duration = Duration::from_secs(120);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Pauses that a test can wait for.
 pub(crate) const TIMING: Timing = Timing {
