@@ -469,4 +469,6 @@ fn where_xdp_cannot_be_the_reason_is_said_and_tc_does_the_work() {
         why.as_str().map(str::to_owned)
     });
     assert!(reported.is_some_and(|why| why.contains(&id)));
+    let metrics = http::get(&scenario.lab.node.namespace, METRICS.parse().unwrap(), "/metrics").unwrap();
+    assert!(metrics.body.contains("proxier_xdp_uplinks{mode=\"refused\"} 2\n"), "{}", metrics.body);
 }

@@ -61,6 +61,7 @@ pub struct Metrics {
     events_published: Family<Labels<1>, Counter>,
     events_dropped: Family<Labels<1>, Counter>,
     interfaces: Family<Labels<1>, Gauge>,
+    xdp_uplinks: Family<Labels<1>, Gauge>,
     direct_addresses: Family<Labels<1>, Gauge>,
     api_clients: Gauge,
     api_batches: Counter,
@@ -94,6 +95,7 @@ impl Metrics {
             events_published: Family::default(),
             events_dropped: Family::default(),
             interfaces: Family::default(),
+            xdp_uplinks: Family::default(),
             direct_addresses: Family::default(),
             api_clients: Gauge::default(),
             api_batches: Counter::default(),
@@ -209,6 +211,12 @@ impl Metrics {
             "attached_interfaces",
             "Interfaces that carry the programs, by what they lead to",
             self.interfaces.clone(),
+        );
+        registry.register(
+            "xdp_uplinks",
+            "Uplinks where XDP was asked for, by what became of it: in the driver (native), in the stack (generic), or left to tc \
+             (refused)",
+            self.xdp_uplinks.clone(),
         );
         registry.register(
             "direct_delivery_addresses",
@@ -365,6 +373,13 @@ impl Metrics {
         self.interfaces.get_or_create(&[("role", "pod-link")]).set(gauge(pod_links));
     }
 
+    /// At so many uplinks XDP was asked for, and this became of it.
+    pub fn xdp(&self, native: usize, generic: usize, refused: usize) {
+        for (mode, uplinks) in [("native", native), ("generic", generic), ("refused", refused)] {
+            self.xdp_uplinks.get_or_create(&[("mode", mode)]).set(gauge(uplinks));
+        }
+    }
+
     /// So many pods are reached past the node's stack, and so many are not, though they are to be.
     pub fn direct_addresses(&self, reached: usize, by_stack: usize) {
         self.direct_addresses.get_or_create(&[("by", "direct")]).set(gauge(reached));
@@ -488,6 +503,7 @@ mod tests {
         metrics.event_published("Programmed");
         metrics.event_dropped("rate-limited");
         metrics.attached(2, 7);
+        metrics.xdp(1, 0, 1);
         metrics.direct_addresses(3, 1);
         metrics.ran("ok", Duration::from_millis(5));
         metrics.ran("timeout", Duration::from_secs(10));
@@ -526,6 +542,9 @@ mod tests {
                 "proxier_events_dropped_total{why=\"rate-limited\"} 1",
                 "proxier_attached_interfaces{role=\"uplink\"} 2",
                 "proxier_attached_interfaces{role=\"pod-link\"} 7",
+                "proxier_xdp_uplinks{mode=\"native\"} 1",
+                "proxier_xdp_uplinks{mode=\"generic\"} 0",
+                "proxier_xdp_uplinks{mode=\"refused\"} 1",
                 "proxier_direct_delivery_addresses{by=\"direct\"} 3",
                 "proxier_direct_delivery_addresses{by=\"stack\"} 1",
                 "proxier_exec_runs_total{result=\"ok\"} 1",

@@ -164,6 +164,14 @@ impl Observed {
 
     /// Whenever the sink has attached to, or let go of, an interface, with all that carry the programs now.
     pub fn attached(&self, interfaces: &[Attached]) {
+        let at_xdp = |what: fn(&Xdp) -> bool| {
+            interfaces.iter().filter(|interface| interface.xdp.as_ref().is_some_and(what)).count()
+        };
+        self.metrics.xdp(
+            at_xdp(|xdp| matches!(xdp, Xdp::Native)),
+            at_xdp(|xdp| matches!(xdp, Xdp::Generic)),
+            at_xdp(|xdp| matches!(xdp, Xdp::Refused(_))),
+        );
         let mut interfaces: Vec<Interface> = interfaces
             .iter()
             .map(|Attached { interface, is_uplink, xdp }| Interface {
@@ -452,8 +460,14 @@ mod tests {
         observed.direct(DirectDelivery { reached: 4, by_stack });
         let by_stack = vec![StackReport { pod, services: vec!["default/web".to_owned()], reason }];
         assert_eq!(observed.report().direct, DirectReport { reached: 4, by_stack });
+        let refused = Attached { xdp: Some(Xdp::Refused("no room".to_owned())), ..attached("eth1", true) };
+        observed.attached(&[attached("eth0", true), refused]);
         let text = observed.metrics.encode().unwrap();
-        assert!(text.contains("proxier_attached_interfaces{role=\"uplink\"} 1\n"), "{text}");
+        for line in
+            ["proxier_attached_interfaces{role=\"uplink\"} 2\n", "proxier_xdp_uplinks{mode=\"refused\"} 1\n"]
+        {
+            assert!(text.contains(line), "{text}");
+        }
         observed.pins(false);
         assert!(!observed.report().ready);
     }

@@ -325,8 +325,10 @@ fn refusal(error: ProgramError, interface: &Interface, mode: Mode) -> anyhow::Er
             )
         }
         Some(libc::EOPNOTSUPP) if mode == Mode::Native => {
+            // The latter: virtio_net, as long as the host does receive offloads for it.
             format!(
-                "the driver of {name} has no XDP of its own: use --ingress tc, or --ingress xdp-generic to try it out"
+                "the driver of {name} has no XDP of its own, or none with the interface as it is set up (`dmesg` may say what is in the way): \
+                 use --ingress tc, or --ingress xdp-generic to try it out"
             )
         }
         Some(libc::ERANGE | libc::EINVAL | libc::E2BIG) if mode == Mode::Native => format!(
