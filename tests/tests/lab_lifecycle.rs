@@ -29,13 +29,14 @@ fn traffic_goes_on_without_the_agent(attach: &str) {
     }
     let flows = scenario.get("flows");
     scenario.start_agent();
+    let kept = scenario.get("flows");
     for row in &flows {
         let same = |other: &&serde_json::Value| {
             ["protocol", "peer", "peerPort", "external", "pod", "podPort"]
                 .iter()
                 .all(|field| row[field] == other[field])
         };
-        assert!(scenario.get("flows").iter().any(|other| same(&other)), "the new agent has lost {row}");
+        assert!(kept.iter().any(|other| same(&other)), "the new agent has lost {row}");
     }
     for (external, connection) in externals().into_iter().zip(&mut connections) {
         connection.goes_on("after another agent has started");
@@ -204,13 +205,6 @@ fn cleanup_leaves_nothing_of_clsact() {
     cleanup_leaves_nothing("clsact");
 }
 
-/// Lets what the last agent pinned look like another version's.
-fn make_pins_of_another_version(scenario: &Scenario) {
-    let pin_path = scenario.lab.pin_path();
-    let ours = pin_path.join(format!("v{}", proxier_common::SCHEMA));
-    std::fs::rename(&ours, pin_path.join("v1")).unwrap();
-}
-
 #[test]
 fn programs_of_another_version_are_replaced_without_a_gap() {
     skip_unless_root!();
@@ -219,7 +213,7 @@ fn programs_of_another_version_are_replaced_without_a_gap() {
     let [v4, v6] = externals();
     let (sent, lost) = lost_during(&mut scenario, v4, |scenario| {
         scenario.stop_agent();
-        make_pins_of_another_version(scenario);
+        scenario.make_pins_of_another_version();
         scenario.write("service.yaml", &proxier_tests::manifests::service("web", &[v4]));
         assert_eq!(attached(scenario), 2);
         scenario.start_agent();
@@ -241,7 +235,7 @@ fn cleanup_takes_off_every_version_and_commands_say_whose_maps_there_are() {
     skip_unless_root!();
     let mut scenario = Scenario::start(&LabSpec::unique(), &["--attach", "tcx"]);
     scenario.kill_agent();
-    make_pins_of_another_version(&scenario);
+    scenario.make_pins_of_another_version();
     let get = scenario.proxier(&["get", "services"]);
     let said = String::from_utf8_lossy(&get.stderr).into_owned();
     assert!(!get.status.success() && said.contains("another version's (v1)"), "{said}");

@@ -165,8 +165,8 @@ fn what_may_not_come_in_is_dropped_before_the_stack_and_counted() {
             }
         }
         refused(&scenario.question(Protocol::Udp, 42000, without_pods, PORT), "no-backend");
-        let log = scenario.agent().log();
-        assert!(log.contains("hook=\"uplink-xdp\""), "no sample is reported:\n{log}");
+        let is_reported = |log: &str| log.contains("hook=\"uplink-xdp\"");
+        scenario.agent().wait_for_log(PATIENCE, is_reported).unwrap();
     }
 }
 
@@ -431,6 +431,22 @@ fn nothing_is_lost_over_restarts_and_when_another_ingress_is_chosen() {
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success() && said.contains("/links/request-xdp-native-"), "{output:?}");
     assert!(wait::until(PATIENCE, || (at_xdp(&scenario) == "tc").then_some(())).is_some(), "a program stays");
+}
+
+#[test]
+fn another_versions_place_at_xdp_is_taken_once_it_has_gone() {
+    skip_unless_root!();
+    let mut scenario = start(NATIVE);
+    scenario.stop_agent();
+    scenario.make_pins_of_another_version();
+    scenario.start_agent();
+    let log = scenario.agent().log();
+    assert!(log.contains("programs of another version (v1) are detached"), "{log}");
+    assert_eq!(log.matches("program is attached at XDP").count(), 1, "{log}");
+    assert!(!log.contains("rewritten at tc"), "{log}");
+    for external in externals() {
+        assert_rewritten_early(&scenario, &scenario.question(Protocol::Udp, 44000, external, PORT));
+    }
 }
 
 #[test]

@@ -314,6 +314,10 @@ impl BpfSink {
     /// Not before this version's tables are filled for the first time. Its programs are first in line, so from then on they
     /// take every request; until then, those of the other version do. There is no moment without.
     fn detach_others(&mut self) {
+        if self.others.is_empty() {
+            return;
+        }
+        let is_making_way = self.others.iter().any(Version::is_at_xdp);
         for version in self.others.drain(..) {
             let name = version.name();
             // Its filters, if it had any instead of links, have been replaced in place or are taken off like our own.
@@ -328,6 +332,7 @@ impl BpfSink {
                 ),
             }
         }
+        self.succeed_at_xdp(is_making_way);
     }
 }
 

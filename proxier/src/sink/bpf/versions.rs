@@ -61,6 +61,14 @@ impl Version {
         &self.directory
     }
 
+    /// Whether it has a program at XDP of an interface.
+    pub(super) fn is_at_xdp(&self) -> bool {
+        let links = entries(&self.directory.join(attach::LINKS)).unwrap_or_default();
+        links.iter().any(|(pin, _)| {
+            pin.file_name().and_then(|name| name.to_str()).and_then(xdp::index_of_pin).is_some()
+        })
+    }
+
     /// Removes the pins of its links, which detaches its programs. Returns what was removed, a line each.
     ///
     /// Those for requests go first, XDP's before tc's, which knows what XDP has marked: what one of them has let in at the last moment still finds the program that rewrites
@@ -165,12 +173,14 @@ mod tests {
         make(work.path(), &pins.each_ref().map(String::as_str));
         make(work.path(), &["v1/services"]);
         let version = others(work.path()).remove(0);
+        assert!(version.is_at_xdp());
         let names = |lines: Vec<String>| -> Vec<String> {
             lines.iter().map(|line| line.replace(&format!("{}/", work.path().display()), "")).collect()
         };
         let detached = names(version.detach().unwrap());
         let first = ["request-xdp-native-3", "request-2", "request-3", "reply-2"];
         assert_eq!(detached, first.map(|link| format!("link v1/links/{link}")));
+        assert!(!version.is_at_xdp());
         let removed = names(version.remove().unwrap());
         assert_eq!(removed, ["directory v1/links", "map v1/services", "directory v1"]);
         assert_eq!(others(work.path()), []);

@@ -117,6 +117,8 @@ pub(super) struct Attachments {
     table: HashMap<MapData, u32, XdpDevice>,
     /// What that holds.
     devices: BTreeMap<u32, Device>,
+    /// Whether another version of proxier has just let go of its programs: the kernel takes them off in its own time.
+    is_making_way: bool,
 }
 
 impl Attachments {
@@ -130,7 +132,14 @@ impl Attachments {
         let unusable = mode.and_then(|mode| load(ebpf, mode).err()).map(|error| format!("{error:#}"));
         let table = ebpf.take_map(TABLE).with_context(|| format!("the kernel object has no map {TABLE}"))?;
         let table = table.try_into().with_context(|| format!("map {TABLE} of the kernel object"))?;
-        Ok(Self { mode, unusable, states: BTreeMap::new(), table, devices: BTreeMap::new() })
+        Ok(Self {
+            mode,
+            unusable,
+            states: BTreeMap::new(),
+            table,
+            devices: BTreeMap::new(),
+            is_making_way: false,
+        })
     }
 
     /// What became of XDP at the interface of this index; `None` where it was not asked for.
@@ -190,9 +199,13 @@ impl BpfSink {
             }
             return;
         };
+        // One of them may have the place.
+        if !self.others.is_empty() {
+            return;
+        }
         let attached = match &self.xdp.unusable {
             Some(reason) => Err(anyhow!(reason.clone())),
-            None => attach(&mut self.ebpf, &self.pin_path, interface, mode),
+            None => attach(&mut self.ebpf, &self.pin_path, interface, mode, self.xdp.is_making_way),
         };
         let state = match attached {
             Ok(()) => mode.state(),
@@ -211,6 +224,15 @@ impl BpfSink {
             _ => tracing::info!(interface = interface.name, ?mode, "program is attached at XDP"),
         }
         self.xdp.states.insert(interface.index, state);
+    }
+
+    /// Puts the program at XDP of the uplinks once no other version of proxier has any, or has just let go of it (`is_making_way`).
+    pub(super) fn succeed_at_xdp(&mut self, is_making_way: bool) {
+        self.xdp.is_making_way = is_making_way;
+        for (interface, role) in &self.attached.clone() {
+            self.attach_xdp(interface, *role);
+        }
+        self.xdp.is_making_way = false;
     }
 }
 
@@ -247,17 +269,23 @@ fn program(ebpf: &mut Ebpf, mode: Mode) -> anyhow::Result<&mut Xdp> {
 }
 
 /// Puts the program of `ebpf` at XDP of `interface`. Where it is already, it is put there again, without a moment between.
+/// `is_making_way` if another was let go just now.
 ///
 /// # Errors
 ///
 /// Why it cannot be there, and what to do about it.
-fn attach(ebpf: &mut Ebpf, pin_path: &Path, interface: &Interface, mode: Mode) -> anyhow::Result<()> {
+fn attach(
+    ebpf: &mut Ebpf,
+    pin_path: &Path,
+    interface: &Interface,
+    mode: Mode,
+    mut is_making_way: bool,
+) -> anyhow::Result<()> {
     if interface.header != Some(LinkHeader::Ethernet) {
         bail!("{} has no Ethernet headers, which proxier reads at XDP", interface.name);
     }
     let program = program(ebpf, mode)?;
     // The kernel does not take both at once.
-    let mut is_making_way = false;
     for other in Mode::ALL.into_iter().filter(|other| *other != mode) {
         is_making_way |= remove(&other.pin(pin_path, interface.index))?;
     }
@@ -286,7 +314,8 @@ fn attach_anew(
     mode: Mode,
     is_making_way: bool,
 ) -> Result<aya::programs::xdp::XdpLinkId, ProgramError> {
-    const ATTEMPTS: u32 = 20;
+    // Ten seconds: a grace period of RCU, a worker's turn, and whoever else has the lock of the network devices.
+    const ATTEMPTS: u32 = 200;
     const BETWEEN: Duration = Duration::from_millis(50);
     let mut attempt = 1;
     loop {
