@@ -344,7 +344,8 @@ fn a_server_that_says_nothing_does_not_keep_the_agent_from_ending() {
     let start = Instant::now();
     agent.signal(Signal::SIGTERM);
     let (status, out, _) = agent.end();
-    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    // Of a silence of 90 s.
+    assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
     assert_eq!((status.code(), out), (Some(0), Vec::new()));
 }
 

@@ -316,13 +316,14 @@ async fn a_server_that_is_away_for_long_changes_nothing_and_neither_does_its_ret
     rig.converge(&mut observer, "start").await;
     let (batches, catalog) = (observer.heard, observer.catalog.clone());
     rig.server.down().unwrap();
+    let unreachable = |away: &BTreeMap<_, String>| {
+        away.values().filter(|reason| reason.contains("cannot be reached")).count()
+    };
+    until_away(&mut observer, |away| unreachable(away) == 4).await;
     observer.watch_for(Duration::from_secs(2)).await;
-    let away = observer.away.get();
-    assert_eq!(away.len(), 4, "{away:?}");
-    assert!(away.values().all(|reason| reason.contains("cannot be reached")), "{away:?}");
     rig.server.up().unwrap();
+    until_away(&mut observer, BTreeMap::is_empty).await;
     observer.watch_for(Duration::from_secs(1)).await;
-    assert!(observer.away.get().is_empty());
     assert_eq!((observer.heard, &observer.catalog), (batches, &catalog), "something was told");
     rig.change(1);
     rig.converge(&mut observer, "afterwards").await;
@@ -391,17 +392,27 @@ async fn a_busy_server_is_left_alone_for_as_long_as_it_asks() {
     rig.converge(&mut observer, "afterwards").await;
 }
 
-/// Waits until a watch says why it fails.
-async fn reason_of(observer: &mut Observer, what: &str) -> String {
+/// Waits until what watches say of their failures is as wanted, and returns it.
+async fn until_away(
+    observer: &mut Observer,
+    is_wanted: impl Fn(&BTreeMap<&'static str, String>) -> bool,
+) -> BTreeMap<&'static str, String> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let away = observer.away.get();
-        if let Some(reason) = away.values().find(|reason| reason.contains(what)) {
-            return reason.clone();
+        if is_wanted(&away) {
+            return away;
         }
-        assert!(Instant::now() < deadline, "{what:?} is not said: {away:?}");
+        assert!(Instant::now() < deadline, "{away:?}");
         observer.watch_for(Duration::from_millis(20)).await;
     }
+}
+
+/// Waits until a watch says why it fails.
+async fn reason_of(observer: &mut Observer, what: &str) -> String {
+    let says_so = |reason: &String| reason.contains(what);
+    let away = until_away(observer, |away| away.values().any(says_so)).await;
+    away.into_values().find(says_so).unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// A first start loads and verifies all programs; a machine busy with other tests takes its time over that.
-const READY_WITHIN: Duration = Duration::from_secs(30);
+const READY_WITHIN: Duration = Duration::from_secs(120);
 const STOP_WITHIN: Duration = Duration::from_secs(10);
 
 /// Where the agent's binary is: `PROXIER_AGENT`, or what cargo last built.

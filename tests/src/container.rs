@@ -20,7 +20,7 @@ use crate::{
 pub const IMAGE: &str = "PROXIER_IMAGE";
 
 /// As for the agent itself; starting a container comes on top.
-const READY_WITHIN: Duration = Duration::from_secs(40);
+const READY_WITHIN: Duration = Duration::from_secs(120);
 const LABEL: &str = "proxier-lab";
 
 /// The image to test.

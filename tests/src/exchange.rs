@@ -17,8 +17,8 @@ use crate::{
     topology::Lab,
 };
 
-/// Long enough for any answer on one machine, short enough to wait for one that must not come.
-pub const PATIENCE: Duration = Duration::from_secs(5);
+/// Long enough for any answer on one machine that has other things to do. It is only waited for in full when something is wrong.
+pub const PATIENCE: Duration = Duration::from_secs(15);
 /// How long to wait for an answer that must not come. It is only waited for in full when all is well.
 pub const SILENCE: Duration = Duration::from_millis(400);
 

@@ -29,7 +29,7 @@ pub const METRICS_PORT: u16 = 10349;
 /// What the agent watches: four times something.
 const WATCHES: usize = 4;
 /// The longest pause between two attempts of an agent that has met a few failures, and some more: its pauses double.
-pub const BACK_WITHIN: Duration = Duration::from_secs(40);
+pub const BACK_WITHIN: Duration = Duration::from_secs(90);
 
 /// A lab, and the API server that its agent is to follow. The agent is not running yet.
 ///

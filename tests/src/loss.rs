@@ -1,10 +1,11 @@
 //! Sequenced datagrams through an external address while something happens: which of them were lost.
 
 use std::{
+    array,
     collections::BTreeSet,
     net::{IpAddr, SocketAddr, UdpSocket},
-    sync::atomic::{AtomicBool, Ordering},
-    time::Duration,
+    sync::atomic::{AtomicBool, AtomicU32, Ordering},
+    time::{Duration, Instant},
 };
 
 use nix::sys::socket::{SetSockOpt as _, sockopt};
@@ -13,6 +14,12 @@ use crate::{netns::Namespace, scenario::Scenario};
 
 /// Room for ten seconds of datagrams.
 const RECEIVE_BUFFER: usize = 16 << 20;
+
+/// What has not come so long after the last was sent will not come.
+const LAST_ANSWER_WITHIN: Duration = Duration::from_secs(3);
+
+/// In place of the number of datagrams that were sent, while they are.
+const GOES_ON: u32 = u32::MAX;
 
 /// How many datagrams were sent, and which of them were never answered.
 pub type Loss = (u32, BTreeSet<u32>);
@@ -39,17 +46,21 @@ pub fn lost_of_each_during<const N: usize>(
 ) -> [Loss; N] {
     let sockets = externals.map(|external| connected(scenario, external));
     let stop = AtomicBool::new(false);
+    let totals = [const { AtomicU32::new(GOES_ON) }; N];
     let overflows = overflows(scenario);
     let losses = std::thread::scope(|scope| {
-        let ends = sockets.each_ref().map(|socket| {
+        let ends = array::from_fn::<_, N, _>(|index| {
+            let (socket, total) = (&sockets[index], &totals[index]);
             let sender = scope.spawn(|| send(socket, &stop));
-            (sender, scope.spawn(|| received(socket, &stop)))
+            (sender, scope.spawn(|| received(socket, total)), total)
         });
         // Also when the work fails: the threads would wait for ever.
         let worked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(scenario)));
         stop.store(true, Ordering::Relaxed);
-        let losses = ends.map(|(sender, receiver)| {
-            let sent = sender.join().expect("the sender goes on");
+        let losses = ends.map(|(sender, receiver, total)| {
+            let sent = sender.join();
+            total.store(*sent.as_ref().unwrap_or(&0), Ordering::Relaxed);
+            let sent = sent.expect("the sender goes on");
             let received = receiver.join().expect("the receiver goes on");
             (sent, (0..sent).filter(|number| !received.contains(number)).collect())
         });
@@ -106,18 +117,24 @@ fn overflows_in(namespace: &Namespace) -> u64 {
         .sum()
 }
 
-fn received(socket: &UdpSocket, stop: &AtomicBool) -> BTreeSet<u32> {
-    socket.set_read_timeout(Some(Duration::from_millis(500))).expect("no zero timeout");
+/// The numbers of the answers that come, until there are as many as `total` says or no more are to be expected.
+fn received(socket: &UdpSocket, total: &AtomicU32) -> BTreeSet<u32> {
+    socket.set_read_timeout(Some(Duration::from_millis(100))).expect("no zero timeout");
     let mut numbers = BTreeSet::new();
     let mut buffer = [0; 2048];
+    let mut quiet_since = None;
     loop {
-        match socket.recv(&mut buffer) {
-            Ok(size) => {
-                numbers.extend(buffer[..size].last_chunk().map(|number| u32::from_be_bytes(*number)));
-            }
-            // What has not come half a second after the last was sent will not come.
-            Err(_) if stop.load(Ordering::Relaxed) => return numbers,
-            Err(_) => {}
+        if let Ok(size) = socket.recv(&mut buffer) {
+            numbers.extend(buffer[..size].last_chunk().map(|number| u32::from_be_bytes(*number)));
+            quiet_since = None;
+        }
+        let total = total.load(Ordering::Relaxed);
+        if total == GOES_ON {
+            continue;
+        }
+        let quiet_since: &mut Instant = quiet_since.get_or_insert_with(Instant::now);
+        if numbers.len() as u64 == u64::from(total) || quiet_since.elapsed() > LAST_ANSWER_WITHIN {
+            return numbers;
         }
     }
 }

@@ -16,7 +16,7 @@ use proxier_tests::{
     bench::{
         self, Plan,
         arm::{Arm, Kind},
-        cost,
+        cost::{self, Cost},
         figure::{Figure, Measure},
         ground::{Ground, Way},
         load::Cpus,
@@ -103,17 +103,29 @@ fn what_the_agents_programs_cost_is_counted_by_direction() {
     skip_unless_root!();
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let ground = build(Arm { kind: Kind::ProxierStack, addresses: 1 });
-    let costs = cost::of(&ground, BURST).unwrap();
-    for (traffic, program) in [
-        ("datagrams", "proxier_request"),
-        ("round trips", "proxier_request"),
-        ("round trips", "proxier_reply"),
-        ("connections", "proxier_reply"),
-    ] {
-        let cost = costs.iter().find(|cost| cost.traffic == traffic && cost.program == program);
-        let cost = cost.unwrap_or_else(|| panic!("{program} did not run for {traffic}: {costs:?}"));
-        assert!(cost.runs > 10 && (1.0..1_000_000.0).contains(&cost.nanoseconds), "{cost:?}");
-    }
+    let is_wanted = |cost: &Cost, (traffic, program): (&str, &str)| {
+        cost.traffic == traffic
+            && cost.program == program
+            && cost.runs > 10
+            && (1.0..1_000_000.0).contains(&cost.nanoseconds)
+    };
+    let has_all = |costs: &[Cost]| {
+        [
+            ("datagrams", "proxier_request"),
+            ("round trips", "proxier_request"),
+            ("round trips", "proxier_reply"),
+            ("connections", "proxier_reply"),
+        ]
+        .into_iter()
+        .all(|wanted| costs.iter().any(|cost| is_wanted(cost, wanted)))
+    };
+    // On a machine that does more than this, nobody may have had a turn.
+    let first = cost::of(&ground, BURST);
+    let costs = match first {
+        Ok(costs) if has_all(&costs) => return,
+        _ => cost::of(&ground, BURST * 5).unwrap(),
+    };
+    assert!(has_all(&costs), "{costs:?}");
 }
 
 #[test]

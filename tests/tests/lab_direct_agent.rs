@@ -79,10 +79,17 @@ fn forbid_forwarding(scenario: &Scenario, addresses: &[IpAddr]) {
     assert!(nft.wait().unwrap().success());
 }
 
-/// Who answers a new conversation.
+/// Who answers a new conversation, if somebody does.
 fn answered_by(scenario: &Scenario, external: IpAddr, from_port: u16) -> Result<String, String> {
     let question = scenario.question(Protocol::Udp, from_port, external, 5060).expecting_silence();
     question.ask_who(&scenario.lab.client).unwrap().map(|sighting| sighting.host)
+}
+
+/// Asserts who answers a new conversation.
+fn assert_answered_by(scenario: &Scenario, external: IpAddr, from_port: u16, pod: &str) {
+    let question = scenario.question(Protocol::Udp, from_port, external, 5060);
+    let answer = question.ask_who(&scenario.lab.client).unwrap();
+    assert_eq!(answer.map(|sighting| sighting.host).as_deref(), Ok(pod), "{external}");
 }
 
 /// What `get endpoints` says of a pod's addresses: how they are delivered to, and by which link.
@@ -141,8 +148,8 @@ fn both_side_by_side(pod_network: PodNetwork, link: &str) {
     assert_eq!(pod_link(&scenario, "pod2"), None);
     forbid_forwarding(&scenario, &scenario.pod(DIRECT));
     for (external, beside) in externals().into_iter().zip(externals_beside()) {
-        assert_eq!(answered_by(&scenario, external, 42000).as_deref(), Ok(DIRECT));
-        assert_eq!(answered_by(&scenario, beside, 42000).as_deref(), Ok(BESIDE));
+        assert_answered_by(&scenario, external, 42000, DIRECT);
+        assert_answered_by(&scenario, beside, 42000, BESIDE);
         let mut connections = [external, beside].map(|to| Connection::open(&scenario, to, 43000));
         connections.iter_mut().for_each(|connection| connection.goes_on("once it is open"));
     }
@@ -219,7 +226,7 @@ fn a_link_that_is_replaced(pod_network: PodNetwork, link: &str) {
         assert!(wait::until(EDIT_TAKES_EFFECT_WITHIN, answers).is_some());
     }
     let losses = lost_of_each_during(&mut scenario, externals(), |scenario| {
-        std::thread::sleep(Duration::from_millis(300));
+        std::thread::sleep(Duration::from_secs(1));
         scenario.lab.node.namespace.ip("link delete pod1\n").unwrap();
         // A bridge has its route still, and other pods.
         if pod_network == PodNetwork::PointToPoint {
@@ -293,7 +300,7 @@ fn switching_loses_nothing(pod_network: PodNetwork) {
         for (from_port, delivery) in (45000_u16..).zip(["direct", "stack", "direct", "stack"]) {
             switch(scenario, delivery);
             for external in externals() {
-                assert_eq!(answered_by(scenario, external, from_port).as_deref(), Ok(DIRECT));
+                assert_answered_by(scenario, external, from_port, DIRECT);
             }
             let flows = scenario.get("flows");
             let new: Vec<_> = flows.iter().filter(|row| row["peerPort"] == from_port).collect();
@@ -340,7 +347,7 @@ fn nothing_is_lost_over_restarts(pod_network: PodNetwork, attach: &str) {
             end(scenario);
             scenario.start_agent();
             for external in externals() {
-                assert_eq!(answered_by(scenario, external, 0).as_deref(), Ok(DIRECT), "a new conversation");
+                assert_answered_by(scenario, external, 0, DIRECT);
             }
         }
     });
@@ -376,7 +383,7 @@ fn without_local_clients_only_links_of_direct_pods_carry_programs_and_what_pods_
     wait_for_endpoints(&scenario, DIRECT, "direct", Some("pod1"));
     forbid_forwarding(&scenario, &scenario.pod(DIRECT));
     for external in externals() {
-        assert_eq!(answered_by(&scenario, external, 42000).as_deref(), Ok(DIRECT));
+        assert_answered_by(&scenario, external, 42000, DIRECT);
     }
     let interfaces = || {
         let rows = status(&scenario)?["interfaces"].as_array()?.clone();

@@ -9,7 +9,7 @@ use std::process::{Output, Stdio};
 
 use proxier_tests::{
     exchange::{PATIENCE, Protocol},
-    scenario::{Scenario, externals},
+    scenario::{EDIT_TAKES_EFFECT_WITHIN, Scenario, externals},
     skip_unless_root,
     topology::LabSpec,
 };
@@ -46,7 +46,7 @@ fn an_uplink_that_is_missing_is_named_and_taken_when_it_comes() {
         .ip("link set uplink0 down\nlink set uplink0 name other0\nlink set other0 up")
         .unwrap();
     let mut agent = scenario.spec.spawn(&scenario.lab).unwrap();
-    agent.wait_for_log(PATIENCE, |log| log.contains("uplink0")).unwrap();
+    agent.wait_for_log(EDIT_TAKES_EFFECT_WITHIN, |log| log.contains("uplink0")).unwrap();
     scenario
         .lab
         .node

@@ -238,8 +238,9 @@ fn a_full_table_is_told_with_how_many_conversations_it_cost() {
     // The kernel evicts some hundred at once, for each CPU.
     assert!(evicted < least + u64::from(MAX_FLOWS) / 100, "{evicted} told, about {least} evicted");
 
+    scenario.agent().wait_for_log(PATIENCE, |log| log.contains("`flows` is full")).unwrap();
     let log = scenario.agent().log();
-    let line = log.lines().find(|line| line.contains("`flows` is full")).unwrap_or_else(|| panic!("{log}"));
+    let line = log.lines().find(|line| line.contains("`flows` is full")).unwrap();
     let line: Value = serde_json::from_str(line).unwrap();
     assert_eq!((&line["level"], &line["map"]), (&"WARN".into(), &"flows".into()));
     assert_eq!(line["max_entries"], MAX_FLOWS);

@@ -32,7 +32,7 @@ use proxier_tests::{
 };
 
 /// What takes no longer than a start of the agent.
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_secs(120);
 /// Where kpng's family meets, unless told otherwise.
 const API: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 12090);
 

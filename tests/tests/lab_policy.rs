@@ -10,7 +10,6 @@ use std::{
     collections::BTreeSet,
     net::{IpAddr, SocketAddr},
     sync::atomic::{AtomicBool, Ordering},
-    time::Duration,
 };
 
 use etherparse::{
@@ -106,7 +105,7 @@ fn ranges_that_do_not_fit_leave_the_former_ones_and_do_not_hold_up_the_pods() {
     let clients = clients(&scenario, v4);
     let ranges = too_many_ranges();
     scenario.write("service.yaml", &only_from(&ranges.iter().map(String::as_str).collect::<Vec<_>>()));
-    let said = scenario.agent().wait_for_log(PATIENCE, |log| {
+    let said = scenario.agent().wait_for_log(EDIT_TAKES_EFFECT_WITHIN, |log| {
         log.contains(
             "Service lab/web (IPv4): 70000 source ranges do not fit (the map `sources` has room for 65536",
         )
@@ -118,7 +117,8 @@ fn ranges_that_do_not_fit_leave_the_former_ones_and_do_not_hold_up_the_pods() {
     });
     let name = scenario.lab.pods[0].host.name.clone();
     scenario.write_pods(&scenario.pod(&name));
-    let known = wait::until(PATIENCE, || (scenario.get("endpoints").len() == 2).then_some(()));
+    let known =
+        wait::until(EDIT_TAKES_EFFECT_WITHIN, || (scenario.get("endpoints").len() == 2).then_some(()));
     assert!(known.is_some(), "{:?}", scenario.get("endpoints"));
     let question = scenario.question(Protocol::Udp, 42000, v4, 5060);
     assert_eq!(scenario.ask(&question.from(clients[0])).pods(), [name.as_str()]);
@@ -226,7 +226,7 @@ fn source_ranges_stay_in_force_without_the_agent_and_the_next_one_leaves_them_as
 /// Sends a datagram, waits for its answer, and so on until told to stop. Returns how many were answered, and how many not.
 fn converse(scenario: &Scenario, from: SocketAddr, to: SocketAddr, stop: &AtomicBool) -> (usize, usize) {
     let socket = scenario.lab.client.udp(from).unwrap();
-    socket.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
     let (mut answered, mut lost) = (0, 0);
     let mut buffer = [0; 2048];
     while !stop.load(Ordering::Relaxed) {

@@ -125,6 +125,7 @@ pub async fn server(options: &Options) -> anyhow::Result<Server> {
     // Pauses are `follow`'s business, which lets the source say what is going on.
     config.default_retry = false;
     config.read_timeout = Some(options.timing.silence);
+    config.connect_timeout = config.connect_timeout.map(|timeout| timeout.min(options.timing.silence));
     config.reset_reader_on_write = true;
     let addresses = addresses(&config).await;
     Ok(Server { config, addresses })

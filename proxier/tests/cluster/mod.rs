@@ -30,7 +30,7 @@ use proxier::{
 use proxier_tests::apiserver::ApiServer;
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::MissedTickBehavior};
 
 /// A real cluster's kubeconfig.
 const REAL: &str = "PROXIER_TEST_KUBECONFIG";
@@ -335,15 +335,19 @@ impl Observer {
 
     /// Takes what comes until the catalog is as wanted. Returns whether that comes to pass.
     pub(crate) async fn comes_to(&mut self, wanted: impl Fn(&Catalog) -> bool) -> bool {
-        let end = Instant::now() + PATIENCE;
-        while self.heard == 0 || !wanted(&self.catalog) {
-            let rest = end.saturating_duration_since(Instant::now());
-            let Ok(batch) = tokio::time::timeout(rest, self.batches.recv()).await else {
-                return false;
-            };
-            self.absorb(batch.unwrap());
+        // Counted, not measured: on a machine that stood still for a while, everybody's time is over at once, and who waits for
+        // the others must not be the first to say so.
+        const TICK: Duration = Duration::from_millis(100);
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut left = PATIENCE.as_millis() / TICK.as_millis();
+        while (self.heard == 0 || !wanted(&self.catalog)) && left > 0 {
+            tokio::select! {
+                batch = self.batches.recv() => self.absorb(batch.unwrap()),
+                _ = ticks.tick() => left -= 1,
+            }
         }
-        true
+        left > 0
     }
 
     /// [`Self::comes_to`], which it must.

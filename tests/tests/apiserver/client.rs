@@ -253,9 +253,7 @@ fn a_client_comes_back_when_the_server_does() {
         server.down().unwrap();
         server.apply(service("b")).unwrap();
         assert!(
-            tokio::time::timeout(Duration::from_millis(100), stream.next())
-                .await
-                .is_ok_and(|event| event.unwrap().is_err())
+            tokio::time::timeout(PATIENCE, stream.next()).await.is_ok_and(|event| event.unwrap().is_err())
         );
         server.up().unwrap();
         view.until(&mut stream, |view| view.objects.contains_key("b")).await;
