@@ -49,3 +49,15 @@ pub(crate) fn any_packet() -> impl Strategy<Value = (Net, HostPacket, HostPacket
         },
     )
 }
+
+/// A request of which some bytes are anything, behind the Ethernet header: what that says is not the programs' to judge.
+pub(crate) fn any_damaged_packet() -> impl Strategy<Value = (Net, HostPacket)> {
+    let damage = prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4);
+    (any_packet(), damage).prop_map(|((net, mut packet, _), damage)| {
+        for (at, value) in damage {
+            let at = 14 + at.index(packet.bytes.len() - 14);
+            packet.bytes[at] = value;
+        }
+        (net, packet)
+    })
+}

@@ -104,11 +104,15 @@ impl Reader {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => return Err(error).context("the ring buffer `events` cannot be waited for"),
         }
-        self.read();
         let now = Instant::now();
-        if now >= self.due_at {
+        let is_due = now >= self.due_at;
+        // Counted first, reported then: what the counters say now is in the buffer by now, or nowhere. Read the other way round, a
+        // packet that comes in between would be told as one of which there is no report, and then by itself.
+        let counted = if is_due { totals(&self.drops)? } else { Totals::new() };
+        self.read();
+        if is_due {
             self.due_at = now + Duration::from_millis(TICK.into());
-            for line in self.digest.due(now, &totals(&self.drops)?) {
+            for line in self.digest.due(now, &counted) {
                 self.log(&line);
             }
         }

@@ -215,7 +215,8 @@ impl Digest {
         Some(Line::Earlier { dropped, ago: Duration::from_nanos(self.started - dropped.time) })
     }
 
-    /// The lines that are due by now. `totals` must have been read after the last packet reported was taken.
+    /// The lines that are due by now. `totals` must have been read before all packets were taken that were reported by then: the kernel
+    /// counts a packet first.
     pub(super) fn due(&mut self, now: Instant, totals: &Totals) -> Vec<Line> {
         let mut lines = Vec::new();
         if self.earlier_untold > 0 {

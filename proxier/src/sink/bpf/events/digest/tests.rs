@@ -214,6 +214,29 @@ fn of_a_flood_of_before_the_start_few_are_told_and_the_rest_in_one_line() {
 }
 
 #[test]
+fn a_packet_that_is_reported_while_the_agent_looks_is_told_once() {
+    let mut log = Log::new();
+    let (counted, taken) = (dropped(DropReason::NoBackend, 1), dropped(DropReason::NoBackend, 2));
+    log.drop(counted);
+    let before = log.totals.clone();
+    // It comes after the counters were read, and is in the buffer that is read then.
+    log.drop(taken);
+    log.now += Duration::from_secs(1);
+    log.lines.extend(log.digest.due(log.now, &before));
+    log.wait(120);
+    assert_eq!(log.take(), [Line::First(counted), Line::First(taken)]);
+    // Nor does what is reported by nothing get lost beside it.
+    log.count(counted);
+    let before = log.totals.clone();
+    let third = dropped(DropReason::NoBackend, 3);
+    log.drop(third);
+    log.now += Duration::from_secs(1);
+    log.lines.extend(log.digest.due(log.now, &before));
+    log.wait(120);
+    assert_eq!(packets(&log.take()), 2);
+}
+
+#[test]
 fn an_event_that_is_read_after_the_counters_is_not_told_twice_for_ever() {
     let mut log = Log::new();
     let packet = dropped(DropReason::NoBackend, 1);
