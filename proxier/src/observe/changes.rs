@@ -4,6 +4,7 @@ use std::{collections::BTreeSet, fmt::Display};
 
 use ipnet::IpNet;
 
+use super::few::first_of;
 use crate::desired::{Desired, DesiredService, NoBackend, Scope, ServiceKey};
 
 /// More changes at once than this are counted rather than told one by one.
@@ -126,11 +127,7 @@ fn line(key: &ServiceKey, service: &DesiredService, message: &str) {
 
 /// Addresses or networks.
 fn list<T: Display>(items: &BTreeSet<T>) -> String {
-    let mut text = items.iter().take(MAX_ADDRESSES).map(ToString::to_string).collect::<Vec<_>>().join(",");
-    if items.len() > MAX_ADDRESSES {
-        text += &format!(" and {} more", items.len() - MAX_ADDRESSES);
-    }
-    text
+    first_of(items, MAX_ADDRESSES, ",")
 }
 
 /// Who may send, in the words of `proxier get services`.

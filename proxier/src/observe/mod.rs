@@ -4,6 +4,7 @@
 pub mod changes;
 pub mod counts;
 pub mod events;
+pub(crate) mod few;
 pub mod health;
 pub mod http;
 pub mod listen;

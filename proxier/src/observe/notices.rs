@@ -3,10 +3,11 @@
 
 use std::{
     collections::BTreeMap,
+    fmt::Display,
     hash::{DefaultHasher, Hash as _, Hasher as _},
 };
 
-use super::changes::Change;
+use super::{changes::Change, few::first_of};
 use crate::{
     catalog::Catalog,
     desired::{Desired, DesiredService, NoBackend},
@@ -189,12 +190,8 @@ fn sentence(problem: &Problem) -> String {
     format!("{}; {next_step}", parts.into_iter().flatten().collect::<Vec<_>>().join(" "))
 }
 
-fn list<T: ToString>(items: impl Iterator<Item = T>) -> String {
-    let mut items: Vec<String> = items.map(|item| item.to_string()).collect();
-    let more = items.len().saturating_sub(MAX_ADDRESSES);
-    items.truncate(MAX_ADDRESSES);
-    let text = items.join(", ");
-    if more > 0 { format!("{text} and {more} more") } else { text }
+fn list<T: Display>(items: impl Iterator<Item = T>) -> String {
+    first_of(items, MAX_ADDRESSES, ", ")
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use tokio::{net::TcpStream, time::timeout};
 
-use super::{counts::Counts, table::Output};
+use super::{counts::Counts, few::first_of, table::Output};
 
 /// Problems that are told one by one.
 pub const MAX_PROBLEMS: usize = 10;
@@ -376,10 +376,7 @@ fn write_for_people(text: &mut String, report: &StatusReport, wide: bool) -> std
         let shown = if wide { by_stack.len() } else { MAX_BY_STACK };
         for StackReport { pod, services, reason } in by_stack.iter().take(shown) {
             let named = if wide { services.len() } else { MAX_SERVICES_OF_ADDRESS };
-            let mut names = services.iter().take(named).map(String::as_str).collect::<Vec<_>>().join(", ");
-            if services.len() > named {
-                let _ = write!(names, " and {} more", services.len() - named);
-            }
+            let names = first_of(services, named, ", ");
             let of = if names.is_empty() { names } else { format!(" ({names})") };
             writeln!(text, "  {pod}{of}: {reason}")?;
         }

@@ -3,15 +3,18 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fmt,
     net::IpAddr,
 };
 
 use super::reach::{Obstacle, Reach};
 use crate::{
     model::ObjectName,
+    observe::few::first_of,
     sink::{ByStack, DirectDelivery},
 };
+
+/// How many pods, and Services, a line of the log names: of a pod network that knows no direct delivery it would be all of a node.
+const NAMED: usize = 5;
 
 /// Follows how pods are reached, and logs what changes.
 #[derive(Debug, Default)]
@@ -60,13 +63,13 @@ impl Monitor {
                     // Of one as an example.
                     let obstacle = obstacle.of(pods[0]);
                     tracing::warn!(
-                        services = FirstOf(&services.into_iter().collect::<Vec<_>>()).to_string(),
-                        pods = FirstOf(&pods).to_string(),
+                        services = first_of(services, NAMED, ", "),
+                        pods = first_of(&pods, NAMED, ", "),
                         "pods of Services that ask for direct delivery get new conversations through the node's stack: {obstacle}"
                     );
                 }
                 Transition::ToDirect(pods) => {
-                    tracing::info!(pods = FirstOf(&pods).to_string(), "pods are reached directly now");
+                    tracing::info!(pods = first_of(&pods, NAMED, ", "), "pods are reached directly now");
                 }
             }
         }
@@ -107,23 +110,6 @@ impl Monitor {
             reason: obstacle.of(*pod).to_string(),
         });
         DirectDelivery { reached: self.reached.len(), by_stack: by_stack.collect() }
-    }
-}
-
-/// The first few; of a pod network that knows no direct delivery all pods of a node would be named.
-struct FirstOf<'a, T>(&'a [T]);
-
-impl<T: fmt::Display> fmt::Display for FirstOf<'_, T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const NAMED: usize = 5;
-        for (index, item) in self.0.iter().take(NAMED).enumerate() {
-            let separator = if index == 0 { "" } else { ", " };
-            write!(f, "{separator}{item}")?;
-        }
-        match self.0.len().saturating_sub(NAMED) {
-            0 => Ok(()),
-            more => write!(f, " and {more} more"),
-        }
     }
 }
 
@@ -186,13 +172,5 @@ mod tests {
             assert_eq!(monitor.report().by_stack.len(), 1, "the status has it all the same");
             assert_eq!(monitor.compare(ways([(1, None)])), []);
         }
-    }
-
-    #[test]
-    fn a_line_names_a_few() {
-        let pods: Vec<IpAddr> = (1..=7).map(ip).collect();
-        assert_eq!(FirstOf(&pods[..2]).to_string(), "11.0.0.1, 11.0.0.2");
-        assert_eq!(FirstOf(&pods[..5]).to_string(), "11.0.0.1, 11.0.0.2, 11.0.0.3, 11.0.0.4, 11.0.0.5");
-        assert!(FirstOf(&pods).to_string().ends_with("11.0.0.5 and 2 more"));
     }
 }

@@ -105,12 +105,11 @@ impl Reader {
             Err(error) => return Err(error).context("the ring buffer `events` cannot be waited for"),
         }
         let now = Instant::now();
-        let is_due = now >= self.due_at;
         // Counted first, reported then: what the counters say now is in the buffer by now, or nowhere. Read the other way round, a
         // packet that comes in between would be told as one of which there is no report, and then by itself.
-        let counted = if is_due { totals(&self.drops)? } else { Totals::new() };
+        let counted = (now >= self.due_at).then(|| totals(&self.drops)).transpose()?;
         self.read();
-        if is_due {
+        if let Some(counted) = counted {
             self.due_at = now + Duration::from_millis(TICK.into());
             for line in self.digest.due(now, &counted) {
                 self.log(&line);

@@ -68,7 +68,7 @@ impl BpfSink {
                     tracing::info!(interface = interface.name, ?role, method = ?self.method, "programs are attached");
                     self.refused.remove(&interface);
                     self.attached.retain(|(attached, _)| attached.index != interface.index);
-                    self.attach_xdp(&interface, role);
+                    self.attach_xdp(&interface, role, false);
                     self.attached.insert((interface, role));
                 }
                 Err(error) => {
@@ -167,7 +167,7 @@ impl BpfSink {
             match attach::attach(&mut self.ebpf, &self.pin_path, interface, *role, self.method) {
                 Ok(()) => {
                     self.refused.remove(interface);
-                    self.attach_xdp(interface, *role);
+                    self.attach_xdp(interface, *role, false);
                 }
                 Err(error) if self.refused.insert(interface.clone()) => {
                     tracing::warn!(

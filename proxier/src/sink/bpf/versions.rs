@@ -31,7 +31,7 @@ pub(super) fn name(schema: u32) -> String {
 pub(super) fn all(pin_path: &Path) -> anyhow::Result<Vec<Version>> {
     let mut versions = Vec::new();
     for (directory, is_directory) in entries(pin_path)? {
-        let file_name = directory.file_name().and_then(|file_name| file_name.to_str());
+        let file_name = file_name(&directory);
         let schema = file_name.and_then(|file_name| file_name.strip_prefix('v')?.parse().ok());
         // One way to write a number only: `v02` is somebody else's.
         if let Some(schema) = schema.filter(|schema| file_name == Some(&name(*schema)))
@@ -64,27 +64,22 @@ impl Version {
     /// Whether it has a program at XDP of an interface.
     pub(super) fn is_at_xdp(&self) -> bool {
         let links = entries(&self.directory.join(attach::LINKS)).unwrap_or_default();
-        links.iter().any(|(pin, _)| {
-            pin.file_name().and_then(|name| name.to_str()).and_then(xdp::index_of_pin).is_some()
-        })
+        links.iter().any(|(pin, _)| is_of_xdp(pin))
     }
 
     /// Removes the pins of its links, which detaches its programs. Returns what was removed, a line each.
     ///
-    /// Those for requests go first, XDP's before tc's, which knows what XDP has marked: what one of them has let in at the last moment still finds the program that rewrites
-    /// the reply. The other way round, the reply would leave with the pod's address.
+    /// Those for requests go first, XDP's before tc's, which knows what XDP has marked: what one of them has let in at the last
+    /// moment still finds the program that rewrites the reply. The other way round, the reply would leave with the pod's address.
     ///
     /// # Errors
     ///
     /// Which pin stays, and why.
     pub(super) fn detach(&self) -> anyhow::Result<Vec<String>> {
         let mut links = entries(&self.directory.join(attach::LINKS))?;
-        let place = |pin: &Path| match pin.file_name().and_then(|name| name.to_str()) {
-            Some(name) if xdp::index_of_pin(name).is_some() => 0,
-            Some(name) if name.starts_with(attach::REQUEST_PREFIX) => 1,
-            _ => 2,
-        };
-        links.sort_by_key(|(pin, _)| place(pin));
+        let is_of_requests =
+            |pin: &Path| file_name(pin).is_some_and(|name| name.starts_with(attach::REQUEST_PREFIX));
+        links.sort_by_key(|(pin, _)| (!is_of_xdp(pin), !is_of_requests(pin)));
         links.iter().map(|(pin, _)| remove_file("link", pin)).collect()
     }
 
@@ -98,6 +93,15 @@ impl Version {
         remove_directory(&self.directory, &mut removed)?;
         Ok(removed)
     }
+}
+
+fn file_name(path: &Path) -> Option<&str> {
+    path.file_name().and_then(|name| name.to_str())
+}
+
+/// Whether a pin is of a link at XDP.
+fn is_of_xdp(pin: &Path) -> bool {
+    file_name(pin).and_then(xdp::index_of_pin).is_some()
 }
 
 fn remove_directory(directory: &Path, removed: &mut Vec<String>) -> anyhow::Result<()> {

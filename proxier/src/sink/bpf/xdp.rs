@@ -117,8 +117,6 @@ pub(super) struct Attachments {
     table: HashMap<MapData, u32, XdpDevice>,
     /// What that holds.
     devices: BTreeMap<u32, Device>,
-    /// Whether another version of proxier has just let go of its programs: the kernel takes them off in its own time.
-    is_making_way: bool,
 }
 
 impl Attachments {
@@ -132,14 +130,7 @@ impl Attachments {
         let unusable = mode.and_then(|mode| load(ebpf, mode).err()).map(|error| format!("{error:#}"));
         let table = ebpf.take_map(TABLE).with_context(|| format!("the kernel object has no map {TABLE}"))?;
         let table = table.try_into().with_context(|| format!("map {TABLE} of the kernel object"))?;
-        Ok(Self {
-            mode,
-            unusable,
-            states: BTreeMap::new(),
-            table,
-            devices: BTreeMap::new(),
-            is_making_way: false,
-        })
+        Ok(Self { mode, unusable, states: BTreeMap::new(), table, devices: BTreeMap::new() })
     }
 
     /// What became of XDP at the interface of this index; `None` where it was not asked for.
@@ -190,8 +181,9 @@ impl Attachments {
 
 impl BpfSink {
     /// Puts the program at XDP of an uplink if that was asked for, or else takes it off. tc is in place already: there is no moment
-    /// without a program.
-    pub(super) fn attach_xdp(&mut self, interface: &Interface, role: Role) {
+    /// without a program. `is_making_way` if another version of proxier has just let go of its own: the kernel takes it off in its own
+    /// time.
+    pub(super) fn attach_xdp(&mut self, interface: &Interface, role: Role, is_making_way: bool) {
         let Some(mode) = self.xdp.mode.filter(|_| role == Role::Uplink) else {
             self.xdp.states.remove(&interface.index);
             if let Err(error) = detach(&self.pin_path, interface.index) {
@@ -205,7 +197,7 @@ impl BpfSink {
         }
         let attached = match &self.xdp.unusable {
             Some(reason) => Err(anyhow!(reason.clone())),
-            None => attach(&mut self.ebpf, &self.pin_path, interface, mode, self.xdp.is_making_way),
+            None => attach(&mut self.ebpf, &self.pin_path, interface, mode, is_making_way),
         };
         let state = match attached {
             Ok(()) => mode.state(),
@@ -228,11 +220,9 @@ impl BpfSink {
 
     /// Puts the program at XDP of the uplinks once no other version of proxier has any, or has just let go of it (`is_making_way`).
     pub(super) fn succeed_at_xdp(&mut self, is_making_way: bool) {
-        self.xdp.is_making_way = is_making_way;
         for (interface, role) in &self.attached.clone() {
-            self.attach_xdp(interface, *role);
+            self.attach_xdp(interface, *role, is_making_way);
         }
-        self.xdp.is_making_way = false;
     }
 }
 
